@@ -1,0 +1,328 @@
+"""The recipe: one frozen, typed tree. Reads YAML, applies overrides, reports every mistake at once.
+
+People write sparse YAML; machines write and read the resolved `config.json`. Nothing here may
+import torch, transformers, datasets or accelerate: `--help` and `--dry-run` must answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dist_sft.errors import UserError
+from dist_sft.recipe_errors import explain
+from dist_sft.zero import DeepSpeed, load_deepspeed
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Hold settings that are declared once: typed, documented, frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Model(Section):
+    path: str | None = None
+    """A model folder (safetensors), a hub name, or a run folder (its newest checkpoint)."""
+    config: dict[str, Any] | None = None
+    """Instead of `path`: a transformers config (`model_type: llama`, sizes) for random weights.
+    The vocabulary size follows the tokenizer."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub name; by default the one beside the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the model computes in; auto is bfloat16 on GPU and float32 on CPU. Master weights and
+    optimizer state are float32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("set exactly one of path (a model) and config (random weights)")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a model made from config needs tokenizer: a folder or hub name")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example 'llama'")
+        return self
+
+
+class Source(Section):
+    path: str
+    """JSON, JSONL, CSV or Parquet file, a folder of `Dataset.save_to_disk`, or a hub name."""
+    name: str | None = None
+    """Name in logs and metrics; by default the file's name."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Passes over this source per epoch: 1.0 every row once, 0.5 half of them, 2.0 twice."""
+    split: str = "train"
+    """Split of a hub data set or saved DatasetDict."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = "auto"
+    """How a row is laid out; auto looks at the columns."""
+
+    @property
+    def label(self) -> str:
+        """Return the name that logs and metrics use."""
+        return self.name or Path(self.path).stem
+
+
+class Data(Section):
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """What is learned; several sources are a mixture."""
+    eval: tuple[Source, ...] = ()
+    """What is evaluated, each source under its own name."""
+    eval_fraction: Fraction = 0.0
+    """Instead of `eval`: hold out this fraction of the training rows, duplicates kept together."""
+    template: str = "human-assistant"
+    """human-assistant, alpaca, chatml, tokenizer (its own chat template), or a Jinja file."""
+    learn: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned."""
+    max_length: Positive = 2048
+    """Longest example, in tokens."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to longer ones; a cut answer learns no end token."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Broken rows stop the run, or are skipped, counted and listed."""
+    cache_dir: str | None = None
+    """Where encoded data is kept; by default ~/.cache/dist_sft. Every node needs to reach it."""
+
+    @model_validator(mode="after")
+    def _eval_once(self) -> Self:
+        if self.eval and self.eval_fraction:
+            raise ValueError("set eval or eval_fraction, not both")
+        if any(source.weight != 1.0 for source in self.eval):
+            raise ValueError("weight has no meaning in eval: every row counts once")
+        names = [source.label for source in self.eval]
+        if len(set(names)) < len(names):
+            raise ValueError(f"eval sources need different names, got {names}: set eval.N.name")
+        return self
+
+
+class Train(Section):
+    batch_size: Positive = 32
+    """Examples per optimizer step, over all ranks."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the data (1 if neither epochs nor steps is set)."""
+    steps: Positive | None = None
+    """Optimizer steps, instead of `epochs`."""
+    tokens_per_micro_batch: Positive = 4096
+    """Tokens that go through the model at once on one rank: memory only, never the result."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Rows without padding, isolated from each other. auto falls back to padding where the
+    model fails the isolation proof; on stops instead."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("set epochs or steps, not both")
+        return self
+
+
+class Optimizer(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 2e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decay of matrices; biases, norms and other vectors are never decayed."""
+    beta1: Fraction = 0.9
+    """AdamW's first moment."""
+    beta2: Fraction = 0.999
+    """AdamW's second moment."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: Fraction = 0.0
+    """Fraction of all steps in which the rate rises linearly from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The same as a number of steps, instead of `warmup_ratio`."""
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Where linear and cosine end, as a fraction of `lr`."""
+    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Largest norm of the whole gradient; null leaves it alone."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_ratio and self.warmup_steps is not None:
+            raise ValueError("set warmup_ratio or warmup_steps, not both")
+        return self
+
+
+class Checkpoint(Section):
+    every: Positive | None = None
+    """Steps between checkpoints; null: only at the end and on a stop."""
+    keep: Positive = 3
+    """How many of the newest checkpoints stay on disk."""
+
+
+class Eval(Section):
+    every: Positive | None = None
+    """Steps between evaluations; null: only at the end."""
+
+
+class Recipe(Section):
+    job: Literal["train"] = "train"
+    """What the recipe is for; the launcher's word decides."""
+    run_dir: str
+    """Folder of the run: config, logs, metrics, checkpoints. The same folder again continues."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of data order, random weights and dropout."""
+    threads_per_worker: Literal["auto"] | Positive = "auto"
+    """CPU threads per worker; auto is 1 on CPU (threads change the last bits) and a fair share
+    of the cores on GPU."""
+    deterministic: bool = False
+    """On GPU: bit-identical repeats, slower. On CPU runs are bit-identical anyway."""
+    model: Model
+    """What is trained."""
+    data: Data
+    """What it learns from."""
+    train: Train = Train()
+    """How long, and in which pieces."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW and its learning rate."""
+    deepspeed: Annotated[DeepSpeed | None, BeforeValidator(load_deepspeed)] = None
+    """ZeRO sharding: a JSON file, one of zero1, zero2, zero3, zero2-offload, zero3-offload,
+    or null for plain data parallel."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved, and how long it is kept."""
+    eval: Eval = Eval()
+    """When the evaluation sets are looked at."""
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive",
+                "swanlab", "trackio"], ...
+    ] = ()  # fmt: skip
+    """Where metrics go beside metrics.jsonl; each needs its own package."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.eval.every and not (self.data.eval or self.data.eval_fraction):
+            raise ValueError(
+                "eval.every is set but there is nothing to evaluate: "
+                "set data.eval or data.eval_fraction"
+            )
+        if self.model.dtype == "float16" and self.deepspeed is None:
+            raise ValueError(
+                "model.dtype float16 needs loss scaling, which comes with DeepSpeed: "
+                "set deepspeed: zero1, zero2 or zero3, or model.dtype: bfloat16"
+            )
+        return self
+
+    def to_json(self) -> str:
+        """Return the resolved recipe as the text of `config.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over everything but the run folder's place."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"run_dir"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `dotted.key=value` overrides and check everything.
+
+    Raises UserError with every mistake found, one per line, each with its dotted path, what was
+    given and what is allowed.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    return check(tree, origin=str(path))
+
+
+def read_config_json(run_dir: str | Path) -> Recipe:
+    """Read the resolved recipe that a launcher wrote into a run folder."""
+    path = Path(run_dir) / "config.json"
+    try:
+        return check(json.loads(path.read_text(encoding="utf-8")), origin=str(path))
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is not a run folder: it has no config.json") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def check(tree: dict[str, Any], origin: str) -> Recipe:
+    """Turn a plain tree into a Recipe; raise UserError that lists every mistake."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = explain(error, Recipe, tree)
+        noun = "mistake" if len(lines) == 1 else "mistakes"
+        raise UserError("\n  ".join([f"{len(lines)} {noun} in {origin}:", *lines])) from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in a plain tree, in place; list items go by their number.
+
+    The value is read as YAML, so `null`, `true`, numbers and `[a, b]` mean what they mean there.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        if isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            node = node[_index(node, part, ".".join(parents[:depth]), override)]
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        node[_index(node, last, ".".join(parents), override)] = value
+
+
+def _index(node: Any, part: str, at: str, override: str) -> int:
+    if not isinstance(node, list):
+        raise UserError(f"override {override!r}: {at} is {node!r} and has no settings in it")
+    if not part.isdigit() or int(part) >= len(node):
+        allowed = f"0 to {len(node) - 1}" if node else "none, the list is empty"
+        raise UserError(f"override {override!r}: {at} has no item {part!r}, allowed: {allowed}")
+    return int(part)
+
+
+def difference(old: Recipe, new: Recipe) -> list[str]:
+    """List the settings in which two recipes differ as `key: old -> new`; run_dir is no setting."""
+    before, after = (_flat(r.model_dump(mode="json", exclude={"run_dir"})) for r in (old, new))
+    return [
+        f"{key}: {before.get(key, '(not set)')!r} -> {after.get(key, '(not set)')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _MISSING) != after.get(key, _MISSING)
+    ]
+
+
+_MISSING = object()
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, list):
+        tree = {str(i): item for i, item in enumerate(tree)}
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves = (_flat(item, f"{prefix}.{key}".strip(".")) for key, item in tree.items())
+    return {key: value for leaf in leaves for key, value in leaf.items()}

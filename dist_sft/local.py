@@ -1,0 +1,69 @@
+"""Launch a run on this machine. `launch/local.py` and `python -m dist_sft.local` end here."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_sft import node, runs
+from dist_sft.config import Recipe, read_recipe
+from dist_sft.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the local launcher."""
+    result = argparse.ArgumentParser(
+        prog="launch/local.py",
+        description="Run a recipe on this machine. The same command again continues the run.",
+    )
+    result.add_argument("job", choices=["train"], help="what to run")
+    result.add_argument("recipe", help="YAML file")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="override any setting")
+    result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
+    result.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    result.add_argument("--prepare", action="store_true", help="write the run folder, and stop")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the recipe, write the run folder, run the workers; return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
+        workers = node.count_gpus() or 1 if options.workers is None else options.workers
+        if workers < 1:
+            raise UserError(f"--workers: got {workers}; allowed: 1 or more")
+        if options.dry_run:
+            print(dry_run(recipe, workers))
+            return runs.FINISHED
+        launch = runs.Launch("local", 1, workers, {"overrides": options.overrides},
+                             runs.code_revision())  # fmt: skip
+        run_dir = runs.create(recipe, launch)
+        if options.prepare:
+            print(f"prepared {run_dir}")
+            return runs.FINISHED
+        if runs.is_finished(run_dir):
+            print(f"{run_dir} is finished already; for another run give another run_dir")
+            return runs.FINISHED
+        (run_dir / "STOP").unlink(missing_ok=True)
+        return node.run(run_dir, runs.start_attempt(run_dir))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+
+
+def dry_run(recipe: Recipe, workers: int) -> str:
+    """Return exactly what a run would use: the resolved recipe and the workers' command line."""
+    run_dir = Path(recipe.run_dir)
+    attempt = max(runs.attempts(run_dir), default=-1) + 1
+    command = node.torchrun_command(run_dir, recipe.job, attempt, node.Group(1, workers))
+    threads = node.threads_for(recipe.threads_per_worker, workers, node.count_gpus())
+    variables = [f"{key}={value}" for key, value in node.rank_environment(threads).items()]
+    return f"# {run_dir}/config.json\n{recipe.to_json()}# command\n{shlex.join(variables + command)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

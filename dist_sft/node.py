@@ -1,0 +1,173 @@
+"""Run this node's ranks: build torchrun's command as pure data, start it, watch it, report.
+
+Every launcher ends here, once per node: `python -m dist_sft.node RUN_DIR`. Several nodes are
+described by the variables NODE_RANK, MASTER_ADDR and MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_sft import runs
+from dist_sft.config import read_config_json
+from dist_sft.errors import UserError
+
+SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where this node stands among the nodes of a run."""
+
+    nodes: int
+    workers_per_node: int
+    node_rank: int = 0
+    head: str | None = None
+    port: int | None = None
+
+
+def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> list[str]:
+    """Return the command line that starts this node's ranks."""
+    if group.nodes == 1:
+        rendezvous = ["--standalone"]
+    else:
+        rendezvous = [
+            f"--nnodes={group.nodes}",
+            f"--node-rank={group.node_rank}",
+            f"--master-addr={group.head}",
+            f"--master-port={group.port}",
+        ]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        f"--nproc-per-node={group.workers_per_node}",
+        # torchrun dies of USR1 unless told otherwise, and kills 30 seconds after TERM.
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
+        "-m",
+        f"dist_sft.{job}",
+        str(run_dir),
+        f"--attempt={attempt}",
+    ]
+
+
+def rank_environment(threads: int | None) -> dict[str, str]:
+    """Return the variables that every rank needs."""
+    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    return environment
+
+
+def count_gpus() -> int:
+    """Count this node's visible GPUs without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def threads_for(setting: int | str, workers_per_node: int, gpus: int) -> int:
+    """Resolve `threads_per_worker`: auto is 1 on CPU, a fair share of the cores beside GPUs."""
+    if isinstance(setting, int):
+        return setting
+    return max(1, (os.cpu_count() or 1) // workers_per_node) if gpus else 1
+
+
+def group_from(environment: Mapping[str, str], launch: runs.Launch) -> Group:
+    """Read this node's place from NODE_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises UserError when a run on several nodes lacks one: there is no safe guess.
+    """
+    if launch.nodes == 1:
+        return Group(1, launch.workers_per_node)
+    missing = [k for k in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
+    if missing:
+        raise UserError(f"a run on {launch.nodes} nodes needs {', '.join(missing)} on every node")
+    return Group(
+        launch.nodes,
+        launch.workers_per_node,
+        int(environment["NODE_RANK"]),
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+    )
+
+
+def run(run_dir: Path, attempt: int) -> int:
+    """Run this node's ranks to their end and return the exit code of the contract."""
+    recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
+    group = group_from(os.environ, launch)
+    threads = threads_for(recipe.threads_per_worker, group.workers_per_node, count_gpus())
+    log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
+    with open(log, "w", encoding="utf-8") as errors:
+        # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
+        child = subprocess.Popen(
+            torchrun_command(run_dir, recipe.job, attempt, group),
+            env=os.environ | rank_environment(threads),
+            stderr=errors,
+            start_new_session=True,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda received, _frame: child.send_signal(received))
+        child.wait()
+    return report(run_dir, attempt, child.returncode, log)
+
+
+def report(run_dir: Path, attempt: int, returncode: int, torchrun_log: Path) -> int:
+    """Say how the attempt ended, and return its exit code.
+
+    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides.
+    """
+    outcome = runs.read_outcome(run_dir, attempt)
+    if outcome is not None:
+        if outcome.code != runs.FINISHED:
+            print(outcome.reason, file=sys.stderr)
+        return outcome.code
+    failure = runs.first_failure(run_dir, attempt)
+    if failure is not None:
+        rank, outcome = failure
+        print(outcome.reason, file=sys.stderr)
+        if outcome.code != runs.WRONG_INPUT:
+            log = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
+            print(f"rank {rank} failed first; its log: {log}", file=sys.stderr)
+        return outcome.code
+    tail = "".join(torchrun_log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])
+    print(
+        f"the workers ended (torchrun exit {returncode}) without saying why; "
+        f"logs: {torchrun_log.parent}\n{tail}",
+        file=sys.stderr,
+    )
+    return runs.FAILED
+
+
+def main() -> int:
+    """Run the ranks of one node: what launchers start on every node."""
+    parser = argparse.ArgumentParser(prog="python -m dist_sft.node", description=main.__doc__)
+    parser.add_argument("run_dir", type=Path, help="a run folder that a launcher wrote")
+    parser.add_argument("--attempt", type=int, help="number of the attempt; by default the next")
+    arguments = parser.parse_args()
+    try:
+        attempt = arguments.attempt
+        if attempt is None:
+            attempt = runs.start_attempt(arguments.run_dir)
+        return run(arguments.run_dir, attempt)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Words for mistakes in a recipe: which key, what was given, what is allowed, what to write."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+# Names that people bring along from TrainingArguments, TRL, axolotl and LLaMA-Factory.
+FOREIGN = {
+    "learning_rate": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "lr_scheduler_type": "optimizer.schedule",
+    "lr_scheduler": "optimizer.schedule",
+    "warmup_ratio": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_steps",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "max_grad_norm": "optimizer.clip",
+    "gradient_clipping": "optimizer.clip",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "output_dir": "run_dir",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype: bfloat16",
+    "fp16": "model.dtype: float16",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "trust_remote_code": "model.trust_remote_code",
+    "dataset": "data.train: [{path: ...}]",
+    "dataset_name": "data.train: [{path: ...}]",
+    "datasets": "data.train: [{path: ...}]",
+    "val_size": "data.eval_fraction",
+    "val_set_size": "data.eval_fraction",
+    "chat_template": "data.template",
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "packing": "train.packing",
+    "sample_packing": "train.packing",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": "eval.every",
+    "report_to": "trackers: [tensorboard]",
+    "deepspeed_config": "deepspeed",
+    "assistant_only_loss": "nothing: only assistant text is ever learned (see data.learn)",
+    "completion_only_loss": "nothing: only assistant text is ever learned (see data.learn)",
+    "train_on_inputs": "nothing: only assistant text is ever learned (see data.learn)",
+    "logging_steps": "nothing: every step is logged",
+    "resume_from_checkpoint": "nothing: the same command again continues the run",
+    "dataloader_num_workers": "nothing: encoded data is memory-mapped",
+    "group_by_length": "nothing: batches are laid out without padding",
+}
+_PER_DEVICE = ("per_device_train_batch_size", "micro_batch_size")
+_ACCUMULATION = "gradient_accumulation_steps"
+
+
+def explain(error: ValidationError, recipe: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
+    """Return one line per mistake: `dotted.key: what was given; what is allowed`."""
+    said: dict[str, list[str]] = {}
+    for detail in error.errors():
+        path = _path(detail["loc"], recipe)
+        # A list whose items are wrong is reported as too short as well: the items say it better.
+        if detail["type"] == "too_short" and detail["input"]:
+            continue
+        key = ".".join(str(part) for part in path) or "recipe"
+        said.setdefault(key, []).append(_say(detail, path, recipe, tree))
+    return [f"{key}: {_either(texts)}" for key, texts in said.items()]
+
+
+def _either(texts: list[str]) -> str:
+    """Join what the members of a union say about one value."""
+    first, *others = dict.fromkeys(texts)
+    return " or ".join([first, *(text.partition("; ")[2] for text in others)])
+
+
+def _say(
+    detail: ErrorDetails,
+    path: list[str | int],
+    recipe: type[BaseModel],
+    tree: Mapping[str, Any],
+) -> str:
+    given, kind = detail["input"], detail["type"]
+    context = detail.get("ctx", {})
+    if kind == "missing":
+        return "missing; it has no default"
+    if kind == "extra_forbidden":
+        return f"unknown key{_instead(path, recipe, tree)}"
+    if kind == "value_error":
+        shown = f"{given!r}: " if isinstance(given, str) else ""
+        return f"{shown}{context['error']}"
+    if kind == "literal_error":
+        return f"got {given!r}; allowed: {context['expected']}{_near(given, context)}"
+    return f"got {given!r}; {detail['msg'].removeprefix('Input ')}"
+
+
+def _near(given: object, context: Mapping[str, Any]) -> str:
+    words = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+    near = difflib.get_close_matches(str(given).lower(), words, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _instead(path: list[str | int], recipe: type[BaseModel], tree: Mapping[str, Any]) -> str:
+    name = str(path[-1])
+    if name in _PER_DEVICE or name == _ACCUMULATION:
+        return _batch_advice(path, tree)
+    allowed = _known_keys(path[:-1], recipe)
+    near = difflib.get_close_matches(name, allowed, n=1)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    if name in FOREIGN:
+        return f"; in dist_sft this is {FOREIGN[name]}"
+    elsewhere = [full for full in _all_keys(recipe) if full.rsplit(".", 1)[-1] == name]
+    if elsewhere:
+        return f" (did you mean {elsewhere[0]!r}?)"
+    return f"; allowed: {', '.join(allowed)}"
+
+
+def _batch_advice(path: list[str | int], tree: Mapping[str, Any]) -> str:
+    section: Any = tree
+    for part in path[:-1]:
+        section = section[part]
+    per_device = next((section[name] for name in _PER_DEVICE if name in section), None)
+    accumulation = section.get(_ACCUMULATION)
+    known = [x for x in (per_device, accumulation) if isinstance(x, int)]
+    product = " x ".join(str(x) for x in known) if known else "per-device size x accumulation"
+    return (
+        f"; set train.batch_size: {product} x number of workers (examples per optimizer step over "
+        "all ranks; accumulation follows from train.tokens_per_micro_batch)"
+    )
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings class inside an annotation such as `tuple[Source, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
+        return next((m for arg in get_args(annotation) if (m := _model_in(arg))), None)
+    return None
+
+
+def _section_at(path: list[str | int], recipe: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if section else None
+        section = _model_in(field.annotation) if field else None
+    return section
+
+
+def _known_keys(path: list[str | int], recipe: type[BaseModel]) -> list[str]:
+    section = _section_at(path, recipe)
+    return list(section.model_fields) if section else []
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = _model_in(field.annotation)
+        keys += _all_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return keys
+
+
+def _path(loc: tuple[int | str, ...], recipe: type[BaseModel]) -> list[str | int]:
+    """Drop what pydantic adds to a location to tell the members of a union apart."""
+    path: list[str | int] = []
+    section: type[BaseModel] | None = recipe
+    for part in loc:
+        if section is None:
+            break
+        path.append(part)
+        if isinstance(part, str):
+            field = section.model_fields.get(part)
+            section = _model_in(field.annotation) if field else None
+    return path

@@ -1,0 +1,156 @@
+"""The run folder: create it, count attempts, say how an attempt ended. See docs/run_folder.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_sft.config import Recipe, difference, read_config_json
+from dist_sft.errors import UserError
+
+FINISHED = 0
+FAILED = 1
+WRONG_INPUT = 2
+STOPPED = 75  # EX_TEMPFAIL: stopped and resumable
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run was launched; `launch.json`."""
+
+    launcher: str
+    nodes: int
+    workers_per_node: int
+    options: dict[str, Any]
+    revision: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; `outcome.json`."""
+
+    code: int
+    reason: str
+    step: int
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to disk and rename: it exists only whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def create(recipe: Recipe, launch: Launch) -> Path:
+    """Make the run folder, or check that the one that is there belongs to this recipe.
+
+    Raises UserError when the folder holds another run, with the settings that differ.
+    """
+    run_dir = Path(recipe.run_dir)
+    if (run_dir / "config.json").exists():
+        changes = difference(read_config_json(run_dir), recipe)
+        if changes:
+            raise UserError(
+                "\n  ".join(
+                    [f"run_dir {run_dir} belongs to a run with other settings:", *changes]
+                )
+                + "\nGive another run_dir, or the settings of that run to continue it."
+            )
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(
+            f"run_dir {run_dir} exists and is not a run folder (no config.json in it): "
+            "give the path of a new or empty folder"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.json", recipe.to_json())
+        write_atomically(run_dir / "launch.json", json.dumps(asdict(launch), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} cannot be written: {error}") from None
+    return run_dir
+
+
+def read_launch(run_dir: Path) -> Launch:
+    """Read how the run was launched."""
+    return Launch(**json.loads((run_dir / "launch.json").read_text(encoding="utf-8")))
+
+
+def attempts(run_dir: Path) -> list[int]:
+    """List the attempts so far, in order."""
+    names = (path.name for path in (run_dir / "logs").glob("attempt-*"))
+    return sorted(int(n.removeprefix("attempt-")) for n in names if re.fullmatch(r"attempt-\d+", n))
+
+
+def start_attempt(run_dir: Path) -> int:
+    """Claim the next attempt by making its log folder."""
+    number = max(attempts(run_dir), default=-1) + 1
+    attempt_dir(run_dir, number).mkdir(parents=True)
+    return number
+
+
+def attempt_dir(run_dir: Path, attempt: int) -> Path:
+    """Return the folder of an attempt's logs and outcome."""
+    return run_dir / "logs" / f"attempt-{attempt}"
+
+
+def write_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> None:
+    """Record how the whole attempt ended; rank 0 calls this last."""
+    path = attempt_dir(run_dir, attempt) / "outcome.json"
+    write_atomically(path, json.dumps(asdict(outcome)) + "\n")
+
+
+def write_failure(run_dir: Path, attempt: int, rank: int, outcome: Outcome) -> None:
+    """Record why one rank gave up, with the time, so that the first one can be named."""
+    path = attempt_dir(run_dir, attempt) / f"failure-{rank}.json"
+    write_atomically(path, json.dumps(asdict(outcome) | {"rank": rank, "time": time.time()}) + "\n")
+
+
+def read_outcome(run_dir: Path, attempt: int) -> Outcome | None:
+    """Return how an attempt ended, or None while it runs or when nobody could say."""
+    try:
+        text = (attempt_dir(run_dir, attempt) / "outcome.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return Outcome(**json.loads(text))
+
+
+def first_failure(run_dir: Path, attempt: int) -> tuple[int, Outcome] | None:
+    """Return the rank that gave up first and its reason."""
+    reports = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in attempt_dir(run_dir, attempt).glob("failure-*.json")
+    ]
+    if not reports:
+        return None
+    # A mistake in the input outranks the network errors that other ranks die of a moment later.
+    first = min(reports, key=lambda r: (r["code"] != WRONG_INPUT, r["time"]))
+    return first["rank"], Outcome(first["code"], first["reason"], first["step"])
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Tell whether the newest attempt reached the end."""
+    past = attempts(run_dir)
+    outcome = read_outcome(run_dir, past[-1]) if past else None
+    return outcome is not None and outcome.code == FINISHED
+
+
+def code_revision() -> str:
+    """Return the package's version and, in a checkout, the git commit with a mark if changed."""
+    from dist_sft import __version__
+
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{done.stdout.strip()}"
