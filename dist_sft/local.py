@@ -62,7 +62,9 @@ def dry_run(recipe: Recipe, workers: int) -> str:
     command = node.torchrun_command(run_dir, recipe.job, attempt, node.Group(1, workers))
     threads = node.threads_for(recipe.threads_per_worker, workers, node.count_gpus())
     variables = [f"{key}={value}" for key, value in node.rank_environment(threads).items()]
-    return f"# {run_dir}/config.json\n{recipe.to_json()}# command\n{shlex.join(variables + command)}"
+    return (
+        f"# {run_dir}/config.json\n{recipe.to_json()}# command\n{shlex.join(variables + command)}"
+    )
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def create(recipe: Recipe, launch: Launch) -> Path:
         changes = difference(read_config_json(run_dir), recipe)
         if changes:
             raise UserError(
-                "\n  ".join(
-                    [f"run_dir {run_dir} belongs to a run with other settings:", *changes]
-                )
+                "\n  ".join([f"run_dir {run_dir} belongs to a run with other settings:", *changes])
                 + "\nGive another run_dir, or the settings of that run to continue it."
             )
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):

@@ -1,0 +1,76 @@
+"""What a person sees: a progress bar on a terminal, and the same as plain lines in the log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 2.0
+
+
+def redirect_output(log: Path) -> RichConsole:
+    """Send everything this process prints to its log; return a console on the old stdout.
+
+    File descriptors are redirected, so that libraries in C++ end up in the log as well.
+    """
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    with open(log, "a", encoding="utf-8") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    return RichConsole(file=terminal, highlight=False, soft_wrap=True)
+
+
+class Console:
+    """Tell one person what is going on: rank 0 speaks to the terminal, every rank to its log."""
+
+    def __init__(self, terminal: RichConsole | None) -> None:
+        self._terminal = terminal
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        print(line, flush=True)
+        if self._terminal is not None:
+            (self._bar.console if self._bar else self._terminal).print(line, markup=False)
+
+    def start(self, total_steps: int, done: int) -> None:
+        """Begin to show progress."""
+        if self._terminal is None or not self._terminal.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._terminal,
+            speed_estimate_period=120,
+        )
+        self._bar.add_task("", total=total_steps, completed=done)
+        self._bar.start()
+
+    def step(self, step: int, text: str, *, important: bool) -> None:
+        """Show a finished step; lines come every few seconds, but always for important steps."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
+        now = time.monotonic()
+        if important or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            line = f"step {step}  {text}"
+            print(line, flush=True)
+            if self._terminal is not None and self._bar is None:
+                self._terminal.print(line, markup=False)
+
+    def close(self) -> None:
+        """Take the progress bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

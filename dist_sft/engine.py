@@ -1,0 +1,169 @@
+"""One face for sharded (DeepSpeed ZeRO) and plain data-parallel training.
+
+Both engines take the sum of token losses over the supervised tokens of the *whole global batch*,
+accumulate over any number of micro-batches and step once. What each library would do to that loss
+on its own (average over ranks, divide by the accumulation count, keep only the last gradient,
+clip at 1.0) is dealt with here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from deepspeed.ops import __compatible_ops__ as deepspeed_ops
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dist_sft.config import Recipe
+from dist_sft.optim import build_optimizer
+from dist_sft.zero import DeepSpeed
+
+PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Engine(Protocol):
+    """What the training loop needs of a model that is spread over the ranks."""
+
+    module: PreTrainedModel
+    optimizer: Any
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surround one micro-batch's forward and backward; `last` ends the optimizer step."""
+
+    def backward(self, loss_sum: Tensor, supervised_tokens: int) -> None:
+        """Add one micro-batch's gradient.
+
+        `loss_sum` is the sum of its token losses, `supervised_tokens` the number of targets in the
+        global batch over all ranks.
+        """
+
+    def step(self) -> float:
+        """Clip, update the weights, clear the gradient; return the gradient's norm before it."""
+
+
+class ZeroEngine:
+    """Drive a DeepSpeed engine by hand."""
+
+    def __init__(self, engine: Any) -> None:
+        self.deepspeed = engine
+        self.module: PreTrainedModel = engine.module
+        self.optimizer = engine.optimizer
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.deepspeed(**inputs)
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        # ZeRO 1 and 2 keep only the last gradient unless they are told where a step ends.
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss_sum: Tensor, supervised_tokens: int) -> None:
+        # DeepSpeed averages over ranks, hence the factor; scale_wrt_gas would divide once more.
+        loss = loss_sum * (dist.get_world_size() / supervised_tokens)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
+
+
+class DataParallelEngine:
+    """Keep a whole copy of the model on every rank."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, clip: float | None
+    ) -> None:
+        self._accelerator, self._model = accelerator, model
+        self._clip = float("inf") if clip is None else clip
+        self.module: PreTrainedModel = accelerator.unwrap_model(model)
+        self.optimizer = optimizer
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._model(**inputs)
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        local_only = contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
+        with local_only:
+            yield
+
+    def backward(self, loss_sum: Tensor, supervised_tokens: int) -> None:
+        # DistributedDataParallel averages over ranks, too.
+        (loss_sum * (self._accelerator.num_processes / supervised_tokens)).backward()
+
+    def step(self) -> float:
+        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
+def set_learning_rate(engine: Engine, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def make_accelerator(recipe: Recipe, dtype: torch.dtype, project_dir: Path) -> Accelerator:
+    """Join the ranks that torchrun or Ray started; make this before any model is built.
+
+    With ZeRO-3, transformers then builds and loads models already partitioned.
+    """
+    on_gpu = torch.cuda.is_available()
+    # accelerate splits CPU ranks into worlds of one unless it is given the backend.
+    backend = InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")
+    common: dict[str, Any] = {
+        "mixed_precision": PRECISION[dtype],
+        "kwargs_handlers": [backend],
+        "log_with": list(recipe.trackers) or None,
+        "project_dir": project_dir,
+    }
+    if recipe.deepspeed is None:
+        return Accelerator(cpu=not on_gpu, **common)
+    # An op that DeepSpeed would compile for a minute at almost every start, for nothing here.
+    deepspeed_ops["deepspeed_shm_comm"] = False
+    config = deepspeed_config(recipe.deepspeed, dtype, recipe.optimizer.clip)
+    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
+
+
+def deepspeed_config(sharding: DeepSpeed, dtype: torch.dtype, clip: float | None) -> dict[str, Any]:
+    """Complete the sharding strategy with what the recipe decides."""
+    config = sharding.model_dump(exclude_none=True)
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        # Any number above 1 makes ZeRO 1 and 2 accumulate; where a step ends, micro_batch() says.
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": clip or 0.0,  # left out, it would be 1.0
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler
+        "steps_per_print": 2**31,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+    if dtype == torch.float16:
+        config["fp16"] = {"enabled": True}
+    return config
+
+
+def make_engine(accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe) -> Engine:
+    """Shard the model and its optimizer over the ranks."""
+    optimizer = build_optimizer(model, recipe.optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if recipe.deepspeed is None:
+        return DataParallelEngine(accelerator, prepared, optimizer, recipe.optimizer.clip)
+    assert isinstance(prepared, deepspeed.DeepSpeedEngine)
+    return ZeroEngine(prepared)

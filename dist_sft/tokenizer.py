@@ -1,0 +1,56 @@
+"""Load the tokenizer that belongs to a recipe, with the control tokens that its template adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dist_sft.chat import Template, add_new_tokens, load_template
+from dist_sft.config import Data, Model
+from dist_sft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Words(NamedTuple):
+    """What turns rows into tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    new_tokens: int
+    """Control tokens that the template added to the vocabulary."""
+
+
+def load_words(model: Model, data: Data) -> Words:
+    """Load tokenizer and template.
+
+    Raises UserError where there is no tokenizer, no EOS token, or no such template.
+    """
+    from transformers import AutoTokenizer
+
+    place = model.tokenizer or model_folder(model.path or "")
+    key = "model.tokenizer" if model.tokenizer else "model.path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place,
+            revision=None if model.tokenizer else model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{key}: no tokenizer at {place}: {error}\nGive a folder with tokenizer.json or a hub "
+            "name; model.tokenizer says where it is if not beside the model."
+        ) from error
+    template = load_template(data.template, tokenizer)
+    return Words(tokenizer, template, add_new_tokens(tokenizer, template))
+
+
+def model_folder(path: str) -> str:
+    """Return where a model's files are: a run folder stands for what it exported."""
+    folder = Path(path)
+    if not (folder / "checkpoints").is_dir() or not (folder / "launch.json").is_file():
+        return path
+    if not (folder / "model").is_dir():
+        raise UserError(f"model.path: the run {path} has exported no model yet (no {path}/model)")
+    return str(folder / "model")

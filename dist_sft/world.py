@@ -1,0 +1,62 @@
+"""One world of ranks, or none: what all of them must agree on before anything is computed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections import Counter
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_sft.errors import UserError
+
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "dist-sft")
+
+
+def facts_of_this_rank(recipe: str, data: str) -> dict[str, Any]:
+    """Return what must be equal on all ranks."""
+    return {
+        "world size": (int(os.environ["WORLD_SIZE"]), dist.get_world_size()),
+        "recipe": recipe,
+        "data": data,
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Compare the facts of all ranks; raise UserError on every rank, naming the odd ones out."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    who = (int(os.environ["RANK"]), socket.gethostname())
+    dist.all_gather_object(everyone, (who, facts))
+    problems = disagreements(everyone)
+    if problems:
+        raise UserError("\n  ".join(["the ranks do not agree:", *problems]))
+
+
+def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> list[str]:
+    """List what differs between ranks; `everyone` holds ((rank, host), facts) of each."""
+    problems = []
+    ranks = sorted(rank for (rank, _), _ in everyone)
+    if ranks != list(range(len(everyone))):
+        problems.append(f"ranks are {ranks}, expected 0 to {len(everyone) - 1}, each once")
+    for (rank, host), facts in everyone:
+        asked, got = facts["world size"]
+        if asked != got:
+            problems.append(f"rank {rank} on {host} was started as one of {asked}, but joined {got}")
+    for key in everyone[0][1]:
+        values = [str(facts.get(key)) for _, facts in everyone]
+        usual, count = Counter(values).most_common(1)[0]
+        if count < len(values):
+            odd = [
+                f"rank {rank} on {host} has {value}"
+                for ((rank, host), _), value in zip(everyone, values, strict=True)
+                if value != usual
+            ]
+            problems.append(f"{key}: {'; '.join(odd)}; the others have {usual}")
+    return problems
