@@ -161,6 +161,7 @@ class Encoder:
         self.learn = learn
         self._codec = make_codec(tokenizer, escapes=template.escapes)
         self._tokenizer = tokenizer
+        self._ids: dict[str, int] = {}
         self._bos_id = default_bos(tokenizer)
         self._control_ids = {token: self._id(token) for token in control_tokens(tokenizer)}
         self._end_ids = {self._id(token) for token in template.end_tokens}
@@ -306,9 +307,11 @@ class Encoder:
         return sample
 
     def _id(self, token: str) -> int:
-        number = token_id(self._tokenizer, token)
-        assert number is not None, f"{token} is not in the vocabulary: call add_new_tokens first"
-        return number
+        if token not in self._ids:
+            number = token_id(self._tokenizer, token)
+            assert number is not None, f"{token} is no token: call add_new_tokens first"
+            self._ids[token] = number
+        return self._ids[token]
 
     def _refusal(
         self, kind: type[UserError], problem: str, row_number: int, row: Mapping[str, Any]

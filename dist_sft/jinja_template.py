@@ -7,7 +7,7 @@ template adds before an answer, is learned once from a probe of known words.
 
 import re
 from collections.abc import Sequence
-from os.path import commonprefix
+from os import path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_sft.rows import BadRow, Conversation, Turn
@@ -191,7 +191,7 @@ class JinjaTemplate:
         if index == len(messages) - 1:
             raise MaskError(
                 f"its generation prompt ends with {prompt[-40:]!r}, but training shows "
-                f"{text[len(commonprefix([prompt, text])) :][:40]!r} there"
+                f"{text[len(path.commonprefix([prompt, text])) :][:40]!r} there"
             )
         # Some templates show earlier turns in another way than the last one (Qwen3 removes their
         # thinking). A marker in place of the answer shows where its words begin.

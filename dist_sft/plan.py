@@ -166,7 +166,7 @@ def layout(lengths: Ints, world: int, budget: int, *, packed: bool) -> list[list
     on the worst rank; padded ones may be more where that saves padding. The busiest rank has at
     most the mean of the ranks' tokens plus the longest row. Ties go to the lower position.
     """
-    assert world >= 1 and budget >= 1, (world, budget)
+    assert min(world, budget) >= 1, (world, budget)
     lengths = np.asarray(lengths, np.int64)
     tokens: list[int] = lengths.tolist()
     longest_first: list[int] = np.argsort(-lengths, kind="stable").tolist()
@@ -280,7 +280,7 @@ class Summary:
     """Steps that the last four figures come from: all of them, or that many at equal distances."""
 
 
-def summarize(
+def summarize(  # noqa: PLR0913
     plan: Plan,
     lengths: NDArray[np.integer],
     world: int,
@@ -291,7 +291,8 @@ def summarize(
     max_steps_looked_at: int = 200,
 ) -> Summary:
     """Foretell the first `steps` steps from `lengths`, the tokens of each sample of the plan."""
-    assert steps >= 1 and len(lengths) == sum(plan.rows), (steps, len(lengths), plan.rows)
+    assert steps >= 1, steps
+    assert len(lengths) == sum(plan.rows), (len(lengths), plan.rows)
     looked_at = np.unique(np.linspace(1, steps, min(steps, max_steps_looked_at)).astype(np.int64))
     real = computed = busiest = 0
     micro_batches = []

@@ -198,7 +198,11 @@ def make_tokenizer() -> "Tokenizer":
     instructions = [text for skill in SKILLS for text in (skill.english, skill.chinese)]
     words = [*NUMBERS, *(f" {word}" for word in (*COLOURS, *ANIMALS))]
     phrases = [*TEMPLATE_CONSTANTS, *instructions, *words]
-    answers = [DIGITS, "百十千克色的", *(w for t in (NUMBERS, COLOURS, ANIMALS) for w in t.values())]
+    answers = [
+        DIGITS,
+        "百十千克色的",
+        *(w for t in (NUMBERS, COLOURS, ANIMALS) for w in t.values()),
+    ]
     characters = sorted({*string.printable, *"".join(answers + instructions)})
     pieces = [EOS, PAD, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}

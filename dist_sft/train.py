@@ -1,6 +1,6 @@
 """Train: the one loop. Every launcher starts this program once per rank.
 
-    torchrun ... -m dist_sft.train RUN_DIR --attempt N
+torchrun ... -m dist_sft.train RUN_DIR --attempt N
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ if not torch.cuda.is_available():
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.trainer_utils import set_seed
 
 from dist_sft import attention, checkpoint, data, runs, world
 from dist_sft.config import Recipe, read_config_json
@@ -159,21 +158,13 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 supervised, stopping = agree_on_step(batches, stop, place.device)
             if stopping:
                 save(step - 1)
-                return Outcome(runs.STOPPED, f"stopped by {stop.reason or 'another rank'}", step - 1)
+                return Outcome(
+                    runs.STOPPED, f"stopped by {stop.reason or 'another rank'}", step - 1
+                )
 
-            losses = []
-            for number, batch in enumerate(batches):
-                set_seed(dropout_seed(recipe.seed, step, number, place.rank))
-                try:
-                    with engine.micro_batch(last=number == len(batches) - 1):
-                        with clock("forward"):
-                            loss_sum = token_loss(engine, batch)
-                        with clock("backward"):
-                            engine.backward(loss_sum, supervised)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    raise explain_memory(error, batch, number, step, budget) from error
-                losses.append(loss_sum.detach().float())
-
+            losses = run_micro_batches(
+                engine, batches, supervised, clock, seed=(recipe.seed, step, place.rank)
+            )
             loss = summed(sum(losses), place.device) / supervised
             if not math.isfinite(loss):
                 raise Diverged(explain_divergence("loss", loss, step, batches, losses, train_set))
@@ -273,6 +264,35 @@ def agree_on_step(batches: list[Batch], stop: StopFlag, device: torch.device) ->
     return max(1, supervised), stopping > 0
 
 
+def run_micro_batches(
+    engine: Engine,
+    batches: list[Batch],
+    supervised: int,
+    clock: Clock,
+    seed: tuple[int, int, int] = (0, 1, 0),
+) -> list[Tensor]:
+    """Compute a step's gradient; return every micro-batch's sum of token losses.
+
+    `supervised` is the number of targets of the global batch; `seed` is (run's seed, step, rank):
+    dropout follows the place in the run and not its history. Raises UserError when out of memory.
+    """
+    losses = []
+    for number, batch in enumerate(batches):
+        torch.manual_seed(hash((*seed, number)))
+        try:
+            with engine.micro_batch(last=number == len(batches) - 1):
+                with clock("forward"):
+                    loss_sum = token_loss(engine, batch)
+                with clock("backward"):
+                    engine.backward(loss_sum, supervised)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise UserError(explain_memory(error, batch, number)) from error
+            raise
+        losses.append(loss_sum.detach().float())
+    return losses
+
+
 def token_loss(engine: Engine, batch: Batch) -> Tensor:
     """Return the sum of the token losses of a micro-batch; the head runs on its targets only.
 
@@ -305,25 +325,21 @@ def summed(value: Tensor | float, device: torch.device) -> float:
     return float(total)
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """Mix the run's seed with the place in the run: random numbers follow the step, not history."""
-    return hash((seed, step, micro_batch, rank)) % 2**32
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error means that memory ran out, on GPU or CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def explain_memory(
-    error: RuntimeError, batch: Batch, number: int, step: int, budget: int
-) -> Exception:
-    """Turn an out-of-memory error into advice; leave any other error alone."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return error
-    rows, tokens = len(batch.samples), batch.tokens
+def explain_memory(error: RuntimeError, batch: Batch, number: int) -> str:
+    """Say which micro-batch was too large, and what to try."""
+    rows = len(batch.samples)
     if rows > 1:
-        advice = f"try train.tokens_per_micro_batch: {min(budget, tokens) // 2}"
+        advice = f"try train.tokens_per_micro_batch: {batch.tokens // 2}"
     else:
-        advice = f"it is a single row: try data.max_length: {tokens // 2}"
-    return UserError(
-        f"out of memory in step {step}, micro-batch {number}: {tokens} tokens in {rows} rows; "
-        f"{advice}, or model.gradient_checkpointing: true, or more sharding (deepspeed: zero3)\n"
+        advice = f"it is a single row: try data.max_length: {batch.tokens // 2}"
+    return (
+        f"out of memory in micro-batch {number}: {batch.tokens} tokens in {rows} rows; {advice}, or "
+        "model.gradient_checkpointing: true, or more sharding (deepspeed: zero3)\n"
         f"{str(error).splitlines()[0]}"
     )
 

@@ -48,7 +48,9 @@ def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> lis
     for (rank, host), facts in everyone:
         asked, got = facts["world size"]
         if asked != got:
-            problems.append(f"rank {rank} on {host} was started as one of {asked}, but joined {got}")
+            problems.append(
+                f"rank {rank} on {host} was started as one of {asked}, but joined {got}"
+            )
     for key in everyone[0][1]:
         values = [str(facts.get(key)) for _, facts in everyone]
         usual, count = Counter(values).most_common(1)[0]
