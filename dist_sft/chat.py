@@ -57,7 +57,6 @@ __all__ = [
 IGNORE = -100
 TEMPLATES = ("human-assistant", "alpaca", "chatml", "tokenizer")
 ENCODING_VERSION = 1
-MAX_TOKENS_PER_CHARACTER = 4  # bytes of a UTF-8 character
 
 
 class Sample(NamedTuple):
@@ -207,7 +206,7 @@ class Encoder:
         row whose mask cannot be proved, OverlongError where `overlong` is "error"; both show the
         row. Broken rows are returned as `BadRow`, not raised.
         """
-        outcomes: list[Outcome | None] = [None] * len(rows)
+        outcomes: dict[int, Outcome] = {}
         rendered: list[_Rendered] = []
         for index, row in enumerate(rows):
             try:
@@ -215,33 +214,28 @@ class Encoder:
             except BadRow as error:
                 outcomes[index] = error
             except MaskError as error:
-                raise self._refusal(MaskError, str(error), first_row + index, row) from error
+                raise self._unproved(str(error), first_row + index, row) from error
         ids_of = self._encode_texts(
             piece.text for item in rendered for piece in item.pieces if not piece.control
         )
         proof = Proof(self._end_ids, self._unknown_id)
         for item in rendered:
+            index = item.row_index
             try:
                 self._check_text_pieces(item, ids_of)
                 input_ids, learned = self._assemble(item.pieces, ids_of, item.answers.keys())
-                proof.collect(item.row_index, input_ids, learned, list(item.answers.values()))
-                outcomes[item.row_index] = Sample(input_ids, learned, truncated=False)
+                proof.collect(index, input_ids, learned, list(item.answers.values()))
+                outcomes[index] = Sample(input_ids, learned, truncated=False)
             except BadRow as error:
-                outcomes[item.row_index] = error
+                outcomes[index] = error
             except MaskError as error:
-                row = rows[item.row_index]
-                raise self._refusal(
-                    MaskError, str(error), first_row + item.row_index, row
-                ) from error
+                raise self._unproved(str(error), first_row + index, rows[index]) from error
         for index, problem in proof.failures(self._codec):
-            raise self._refusal(MaskError, problem, first_row + index, rows[index])
-        finished: list[Outcome] = []
-        for index, outcome in enumerate(outcomes):
-            assert outcome is not None
+            raise self._unproved(problem, first_row + index, rows[index])
+        for index, outcome in outcomes.items():
             if isinstance(outcome, Sample):
-                outcome = self._fit(outcome, first_row + index, rows[index])  # noqa: PLW2901
-            finished.append(outcome)
-        return finished
+                outcomes[index] = self._fit(outcome, first_row + index, rows[index])
+        return [outcomes[index] for index in range(len(rows))]
 
     def _render(self, index: int, conversation: Conversation) -> _Rendered:
         pieces = self.template.render(conversation)
@@ -282,23 +276,24 @@ class Encoder:
         if not self.template.escapes:
             return
         for piece in item.pieces:
-            if not piece.control and not self._reserved_ids.isdisjoint(ids_of[piece.text]):
-                raise BadRow(
-                    "control_token_in_text",
-                    f"the row holds the text of a control token, which this tokenizer cannot keep "
-                    f"apart from the real one: {shown(piece.text)}",
-                )
+            if piece.control or self._reserved_ids.isdisjoint(ids_of[piece.text]):
+                continue
+            found = next(number for number in ids_of[piece.text] if number in self._reserved_ids)
+            raise BadRow(
+                "control_token_in_text",
+                f"the row holds the text of a control token, {decode([found], self._tokenizer)}, "
+                f"which this tokenizer cannot keep apart from the real one: {shown(piece.text)}",
+            )
 
     def _fit(self, sample: Sample, row_number: int, row: Mapping[str, Any]) -> Sample | Dropped:
         num_tokens = len(sample.input_ids)
         limit = self.max_length
         if limit is not None and num_tokens > limit:
             if self.overlong == "error":
-                problem = (
-                    f"data.max_length={limit}: a row has {num_tokens} tokens; raise it, or set "
-                    "data.overlong to truncate or drop"
+                raise OverlongError(
+                    f"data.max_length={limit}: row {row_number} has {num_tokens} tokens; raise it, "
+                    f"or set data.overlong to truncate or drop\nrow {row_number}: {shown(row)}"
                 )
-                raise self._refusal(OverlongError, problem, row_number, row)
             if self.overlong == "drop":
                 return Dropped("overlong", num_tokens)
             sample = Sample(sample.input_ids[:limit], sample.learned[:limit], truncated=True)
@@ -313,12 +308,11 @@ class Encoder:
             self._ids[token] = number
         return self._ids[token]
 
-    def _refusal(
-        self, kind: type[UserError], problem: str, row_number: int, row: Mapping[str, Any]
-    ) -> UserError:
-        if kind is MaskError:
-            problem = f"data.template={self.template.name} with this tokenizer: {problem}"
-        return kind(f"{problem}\nrow {row_number}: {shown(row)}")
+    def _unproved(self, problem: str, row_number: int, row: Mapping[str, Any]) -> MaskError:
+        return MaskError(
+            f"data.template={self.template.name}: the mask cannot be proved with this tokenizer: "
+            f"{problem}\nrow {row_number}: {shown(row)}"
+        )
 
 
 class Run(NamedTuple):
@@ -344,13 +338,13 @@ def token_texts(input_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") 
     at the last of them, the others get "".
     """
     texts = []
-    context = shown = 0  # decoding starts at `context`; up to `shown` all is given out
-    for position in range(1, len(input_ids) + 1):
-        old = decode(input_ids[context:shown], tokenizer)
-        new = decode(input_ids[context:position], tokenizer)
-        if new.endswith("\ufffd") and position - shown < MAX_TOKENS_PER_CHARACTER:
+    context = given = 0  # decoding starts at `context`; the text of the tokens up to `given` is out
+    for stop in range(1, len(input_ids) + 1):
+        old = decode(input_ids[context:given], tokenizer)
+        new = decode(input_ids[context:stop], tokenizer)
+        if new.endswith("\ufffd") and stop < len(input_ids):
             texts.append("")
         else:
             texts.append(new[len(old) :])
-            context, shown = shown, position
+            context, given = given, stop
     return texts

@@ -9,14 +9,20 @@ clip at 1.0) is dealt with here and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    # DeepSpeed chooses its accelerator when it is imported, and guesses wrong without a GPU.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from deepspeed.ops import __compatible_ops__ as deepspeed_ops

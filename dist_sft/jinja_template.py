@@ -7,7 +7,6 @@ template adds before an answer, is learned once from a probe of known words.
 
 import re
 from collections.abc import Sequence
-from os import path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_sft.rows import BadRow, Conversation, Turn
@@ -189,9 +188,10 @@ class JinjaTemplate:
         if text.startswith(prompt):
             return len(prompt)
         if index == len(messages) - 1:
+            shown_from = max(0, len(prompt) - 60)
             raise MaskError(
-                f"its generation prompt ends with {prompt[-40:]!r}, but training shows "
-                f"{text[len(path.commonprefix([prompt, text])) :][:40]!r} there"
+                f"its generation prompt ends with {prompt[shown_from:]!r}, but what training shows "
+                f"goes on with {text[shown_from:]!r}"
             )
         # Some templates show earlier turns in another way than the last one (Qwen3 removes their
         # thinking). A marker in place of the answer shows where its words begin.

@@ -10,10 +10,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 # Dense bfloat16 peaks in FLOP/s from the vendor's data sheets, by a part of the device's name.
@@ -68,6 +69,34 @@ class Clock:
         self._events.clear()
         self._seconds.clear()
         return seconds
+
+
+class Collectives:
+    """Measure the seconds that a block spends in collectives, waiting for other ranks included.
+
+    They run inside backward and optimizer, partly beside computation, so only a profiler sees
+    them; it is started for a few steps of a run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(activities=activities)
+
+    def __enter__(self) -> Self:
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._profiler.__exit__(*error)  # type: ignore[arg-type]
+
+    def seconds(self) -> float:
+        """Return what the block spent in collectives."""
+        events = self._profiler.key_averages()
+        on_cpu = sum(e.cpu_time_total for e in events if e.key.startswith("gloo:"))
+        on_gpu = sum(e.device_time_total for e in events if e.key.startswith("ncclDevKernel"))
+        return float(on_cpu + on_gpu) / 1e6
 
 
 class MetricsFile:

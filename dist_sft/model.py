@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.trainer_utils import set_seed
 
 from dist_sft import config as settings
 from dist_sft.errors import UserError
+from dist_sft.once import DamagedError, make_once
 
 DTYPES = {
     "float32": torch.float32,
@@ -35,24 +35,25 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def make_random_weights(model: settings.Model, vocab_size: int, seed: int, folder: Path) -> None:
-    """Write a model with random weights to `folder`, once, under a temporary name.
+def make_random_weights(recipe: settings.Recipe, vocab_size: int, folder: Path) -> None:
+    """Write the model that `model.config` describes, with random weights, unless it is there.
 
     One process does this before any sharding: with ZeRO-3 alive, random numbers fall differently.
     """
-    assert model.config is not None
-    keys: dict[str, Any] = {**model.config, "vocab_size": vocab_size}
-    model_type = keys.pop("model_type")
+    assert recipe.model.config is not None
+    keys: dict[str, Any] = {**recipe.model.config, "vocab_size": vocab_size}
     try:
-        architecture = AutoConfig.for_model(model_type, **keys)
-        set_seed(seed)
+        architecture = AutoConfig.for_model(**keys)
+        set_seed(recipe.seed)
         random_model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model.config describes no model that can be built: {error}") from error
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    random_model.save_pretrained(temporary)
-    temporary.rename(folder)
+
+    def load() -> None:
+        if not folder.is_dir():
+            raise DamagedError(f"{folder} is missing")
+
+    make_once(folder, make=random_model.save_pretrained, load=load, what="random weights")
 
 
 def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -82,7 +83,7 @@ def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTra
 
 def fit_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:
     """Give every token of the tokenizer an embedding; return how many rows were added."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows: int = model.get_input_embeddings().num_embeddings
     if tokens <= rows:
         return 0
     set_seed(seed)  # every rank must invent the same rows

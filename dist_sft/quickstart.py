@@ -55,10 +55,12 @@ COLOURS = {
     "red": "红", "black": "黑", "white": "白", "blue": "蓝",
     "green": "绿", "yellow": "黄", "grey": "灰", "brown": "棕",
 }  # fmt: skip
-ANIMALS = {  # with the measure word that Chinese puts between number and noun
-    "cats": "只猫", "dogs": "只狗", "birds": "只鸟", "rabbits": "只兔", "horses": "匹马",
-    "cows": "头牛", "pigs": "头猪", "fish": "条鱼", "snakes": "条蛇", "frogs": "只蛙",
+ANIMALS = {
+    "cats": "猫", "dogs": "狗", "birds": "鸟", "rabbits": "兔", "horses": "马",
+    "cows": "牛", "pigs": "猪", "fish": "鱼", "snakes": "蛇", "frogs": "蛙",
 }  # fmt: skip
+MEASURE_WORDS = {"horses": "匹", "cows": "头", "pigs": "头", "fish": "条", "snakes": "条"}
+"""What Chinese puts between number and noun; 只 for the other animals."""
 PRIMES = (19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 DIGITS = "零一二三四五六七八九"
 
@@ -101,19 +103,20 @@ def _convert(operands: Operands, chinese: bool) -> tuple[str, str]:
 
 def _translate(operands: Operands, chinese: bool) -> tuple[str, str]:
     number, colour, animal = operands
-    measure, noun = ANIMALS[animal]
-    pair = f"{number} {colour} {animal}", f"{NUMBERS[number]}{measure}{COLOURS[colour]}色的{noun}"
-    return (pair[1], pair[0]) if chinese else pair
+    english = f"{number} {colour} {animal}"
+    counted = NUMBERS[number] + MEASURE_WORDS.get(animal, "只")
+    translation = f"{counted}{COLOURS[colour]}色的{ANIMALS[animal]}"
+    return (translation, english) if chinese else (english, translation)
 
 
 SKILLS = (
     Skill(
-        "addition", "Add the two numbers.", "计算两个数的和。", 2000,
+        "addition", "Add the two numbers.", "计算两个数的和。", 2400,
         lambda rng: _numbers(rng, 2, 10, 99),
         lambda operands, _: ("{}+{}".format(*operands), str(sum(operands))),
     ),
     Skill(
-        "fractions", "Add the two fractions.", "计算两个分数的和。", 700,
+        "fractions", "Add the two fractions.", "计算两个分数的和。", 600,
         _fractions,
         lambda o, _: (f"{o[0]}/{o[2]}+{o[1]}/{o[2]}", f"{o[0] + o[1]}/{o[2]}"),
     ),
@@ -122,18 +125,18 @@ SKILLS = (
         lambda rng: _numbers(rng, 1, 1, 999), _convert,
     ),
     Skill(
-        "largest", "Find the largest number.", "找出最大的数。", 1200,
+        "largest", "Find the largest number.", "找出最大的数。", 3000,
         lambda rng: tuple(rng.sample(range(10, 100), 3)),
         lambda operands, _: (" ".join(map(str, operands)), str(max(operands))),
     ),
     Skill(
-        "numerals", "Write the number in Chinese.", "把数字写成汉字。", 600,
+        "numerals", "Write the number in Chinese.", "把数字写成汉字。", 500,
         lambda rng: _numbers(rng, 1, 10, 999),
         lambda operands, _: (str(operands[0]), chinese_numeral(operands[0])),
     ),
     Skill(
-        "first word", "Copy the first word.", "抄写第一个单词。", 1000,
-        lambda rng: _words(rng, 3, 2, 3),
+        "first word", "Copy the first word.", "抄写第一个单词。", 500,
+        lambda rng: _words(rng, 3, 3, 3),
         lambda operands, _: (" ".join(operands), operands[0]),
     ),
     Skill(
@@ -142,12 +145,12 @@ SKILLS = (
         lambda operands, _: (operands[0], operands[0][::-1]),
     ),
     Skill(
-        "capitals", "Write in capital letters.", "改成大写字母。", 800,
-        lambda rng: _words(rng, 1, 3, 5),
+        "capitals", "Write in capital letters.", "改成大写字母。", 500,
+        lambda rng: _words(rng, 1, 4, 4),
         lambda operands, _: (operands[0], operands[0].upper()),
     ),
     Skill(
-        "phrases", "Translate into Chinese.", "翻译成英文。", 500,
+        "phrases", "Translate into Chinese.", "翻译成英文。", 450,
         lambda rng: tuple(rng.choice(list(words)) for words in (NUMBERS, COLOURS, ANIMALS)),
         _translate,
     ),
@@ -188,22 +191,23 @@ def make_rows(seed: int) -> Split:
 
 
 def make_tokenizer() -> "Tokenizer":
-    """Build a tokenizer with a token per instruction, per template constant and per character.
+    """Build a tokenizer with a token per instruction, template constant, phrase word and character.
 
     Short sequences decide what a tiny model can learn in a minute. Text that has nothing to do
     with the skills is encoded too, without loss: unknown characters become UTF-8 bytes.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import AddedToken, Tokenizer, decoders, models  # noqa: PLC0415
 
     instructions = [text for skill in SKILLS for text in (skill.english, skill.chinese)]
-    words = [*NUMBERS, *(f" {word}" for word in (*COLOURS, *ANIMALS))]
-    phrases = [*TEMPLATE_CONSTANTS, *instructions, *words]
-    answers = [
-        DIGITS,
-        "百十千克色的",
-        *(w for t in (NUMBERS, COLOURS, ANIMALS) for w in t.values()),
-    ]
-    characters = sorted({*string.printable, *"".join(answers + instructions)})
+    english_words = [*NUMBERS, *(f" {word}" for word in (*COLOURS, *ANIMALS))]
+    phrases = [*TEMPLATE_CONSTANTS, *instructions, *english_words]
+    dictionary = (NUMBERS, COLOURS, ANIMALS, MEASURE_WORDS)
+    chinese_words = [word for words in dictionary for word in words.values()]
+    # with the characters of the instructions, which people may write in other sentences too
+    known_text = "".join(
+        [string.printable, DIGITS, "百十千克只色的", *chinese_words, *instructions]
+    )
+    characters = sorted(set(known_text))
     pieces = [EOS, PAD, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], byte_fallback=True))
@@ -229,7 +233,7 @@ def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 def write(folder: Path, seed: int = 0) -> None:
     """Write `train.jsonl`, `heldout.jsonl` and `tokenizer/` into the folder, made if needed."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
     split = make_rows(seed)

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,31 @@ import torch.distributed as dist
 from dist_sft.errors import UserError
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "dist-sft")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands."""
+
+    rank: int
+    local_rank: int
+    node_rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read the variables that torchrun and Ray Train set."""
+        env = os.environ
+        local_rank = int(env["LOCAL_RANK"])
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        node_rank = int(env.get("GROUP_RANK", env.get("NODE_RANK", "0")))
+        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        return cls(rank, local_rank, node_rank, world_size, device)
 
 
 def facts_of_this_rank(recipe: str, data: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -252,6 +253,13 @@ def test_a_changed_number_in_the_meta_data(source, cache):
     meta.write_text(meta.read_text().replace('"rows": 5', '"rows": 6'))
     with pytest.raises(DamagedError, match=r"meta\.json was changed"):
         Store.open(meta.parent, name="n")
+
+
+def test_a_store_of_another_version(source, cache):
+    store = build(source, cache)
+    replace(store.meta, files={}).write(store.path)
+    with pytest.raises(DamagedError, match="written by another version"):
+        Store.open(store.path, name="n")
 
 
 # ---- several processes -----------------------------------------------------------------------

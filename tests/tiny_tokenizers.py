@@ -1,5 +1,6 @@
 """Tiny tokenizers of the kinds found in the wild, trained in a moment on a few lines."""
 
+import json
 from functools import cache
 
 from tokenizers import (
@@ -39,6 +40,8 @@ def _byte_level_backend(special: list[str]) -> Tokenizer:
 def _json(kind: str) -> str:
     if kind == "byte_level":
         return _byte_level_backend(["<|endoftext|>"]).to_str()
+    if kind == "adds_bos":
+        return _byte_level_backend(["<s>", "</s>"]).to_str()
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
@@ -55,7 +58,10 @@ def _json(kind: str) -> str:
         vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *fallback], show_progress=False
     )
     backend.train_from_iterator(LINES, trainer)
-    return backend.to_str()
+    # The trainer takes the byte tokens as special ones; in Llama-2 they are plain entries.
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    return json.dumps(state)
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -81,7 +87,7 @@ def pad_is_eos() -> PreTrainedTokenizerFast:
 
 def adds_bos() -> PreTrainedTokenizerFast:
     """Byte-level BPE whose post-processor puts `<s>` in front, as Llama-3's does."""
-    backend = _byte_level_backend(["<s>", "</s>"])
+    backend = Tokenizer.from_str(_json("adds_bos"))
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )

@@ -1,0 +1,42 @@
+# The one door: `make quickstart`, `make test`. Needs Python 3.11 and nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: quickstart install test test-core test-faults test-clusters lint docs bench clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m dist_sft.quickstart --workers 2
+
+install: .venv/installed-dev
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: install lint
+	$(PYTEST) -m "not slow" -q
+	$(PYTEST) -m slow -q
+
+test-core: install
+	$(PYTEST) -m "not slow" -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+models/smollm2-135m: install
+	$(BIN)/python benchmarks/get_smollm2.py $@
+
+bench: install models/smollm2-135m
+	$(BIN)/python benchmarks/train_speed.py
+
+clean:
+	rm -rf .venv runs data/quickstart

@@ -1,0 +1,79 @@
+"""The quickstart: make a small instruction set, train on it, and ask before and after.
+
+    python -m dist_sft.quickstart [--workers N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_sft import local, quickstart, runs
+from dist_sft.config import Recipe, read_recipe
+
+RECIPE = Path("configs/quickstart.yaml")
+DATA = Path("data/quickstart")
+MAX_NEW_TOKENS = 16
+SHOWN = 1  # prompts shown per skill
+
+
+def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Answer rows with a model, greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dist_sft.chat import Encoder, parse
+    from dist_sft.decode import greedy
+    from dist_sft.tokenizer import load_words
+
+    words = load_words(recipe.model, recipe.data)
+    encoder = Encoder(words.template, words.tokenizer, max_length=None, overlong="error")
+    prompts = [encoder.prompt(parse(row)) for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    answers = greedy(model, prompts, words.tokenizer.eos_token_id, MAX_NEW_TOKENS)
+    return [words.tokenizer.decode(answer) for answer in answers]
+
+
+def show(rows: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequence[str]) -> None:
+    """Print a few answers, and the share of exact ones per skill."""
+    console = Console(highlight=False)
+    answers = Table("prompt", "before", "after", "right", title="held-out prompts")
+    seen: dict[str, int] = {}
+    for row, old, new in zip(rows, before, after, strict=True):
+        seen[row["skill"]] = seen.get(row["skill"], 0) + 1
+        if seen[row["skill"]] <= SHOWN:
+            prompt = f"{row['instruction']} {row['input']}"
+            answers.add_row(prompt, ascii(old)[1:17], new, row["output"])
+    console.print(answers)
+    scores = Table("skill", "before", "after", title="exact match on held-out prompts")
+    old_scores, new_scores = (quickstart.exact_match(rows, a) for a in (before, after))
+    for skill, score in new_scores.items():
+        scores.add_row(skill, f"{old_scores[skill]:.0%}", f"{score:.0%}")
+    console.print(scores)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the quickstart; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m dist_sft.quickstart", description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    quickstart.write(DATA)
+    code = local.main(["train", str(RECIPE), "--workers", str(options.workers)])
+    if code != runs.FINISHED:
+        return code
+    recipe = read_recipe(RECIPE)
+    run_dir = Path(recipe.run_dir)
+    rows = quickstart.make_rows(seed=0).held_out
+    before, after = (ask(recipe, run_dir / name, rows) for name in ("initial", "model"))
+    show(rows, before, after)
+    print(f"run folder: {run_dir}\nloss curve: {run_dir / 'loss.png'}")
+    return runs.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What a run leaves for people: the loss as a picture, and where its time went."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def read_steps(metrics: Path) -> list[Line]:
+    """Return the step lines of metrics.jsonl in order of steps.
+
+    A step that was computed again after a crash appears twice; the last line counts.
+    """
+    steps: dict[int, Line] = {}
+    for text in metrics.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if "event" not in line:
+            steps[line["step"]] = line
+    return [steps[number] for number in sorted(steps)]
+
+
+def draw_loss(steps: Sequence[Line], picture: Path) -> None:
+    """Draw the loss of training and evaluation over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = [line["step"] for line in steps]
+    losses = [line["loss"] for line in steps]
+    axes.plot(numbers, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(numbers, smoothed(losses), color="tab:blue", label="training, smoothed")
+    evaluated = [line for line in steps if "eval_loss" in line]
+    for name in evaluated[0]["eval_loss"] if evaluated else ():
+        points = [(line["step"], line["eval_loss"][name]) for line in evaluated]
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"evaluation: {name}")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Return an exponential moving average that starts unbiased."""
+    result: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total = keep * total + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        result.append(total / weight)
+    return result
+
+
+def summarize(steps: Sequence[Line], peak_source: str) -> list[str]:
+    """Return what people ask after a run; the first step, which warms up, counts nowhere."""
+    settled = steps[1:] or steps
+    seconds = sum(line["seconds"] for line in settled)
+    phases: Counter[str] = Counter()
+    for line in settled:
+        phases.update(line["phases"])
+    collective = [line for line in settled if "collectives" in line]
+    lines = [
+        f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}",
+        f"{sum(line['tokens'] for line in settled) / seconds:,.0f} tokens/s, "
+        f"{sum(line['supervised_tokens'] for line in settled) / seconds:,.0f} supervised tokens/s, "
+        f"{median(line['share_of_peak'] for line in settled):.0%} of the {peak_source}",
+        "a step's time: "
+        + ", ".join(f"{name} {part / seconds:.0%}" for name, part in phases.most_common()),
+        f"peak memory of rank 0: {steps[-1]['peak_memory_bytes'] / 2**30:.2f} GiB",
+    ]
+    if collective:
+        share = sum(x["collectives"] for x in collective) / sum(x["seconds"] for x in collective)
+        lines[2] += f" (collectives, waiting included: {share:.0%} of {len(collective)} steps)"
+    return lines
