@@ -37,7 +37,7 @@ OnBadRow = Literal["error", "skip"]
 UInt32Array = npt.NDArray[np.uint32]
 
 
-def build_or_open(  # noqa: PLR0913
+def build_or_open(
     source: Source,
     encoder: Encoder,
     cache_dir: Path,
@@ -116,7 +116,7 @@ class _Tally:
         return ", ".join(parts)
 
 
-def _encode(  # noqa: PLR0913, PLR0917
+def _encode(
     source: Source,
     encoder: Encoder,
     folder: Path,

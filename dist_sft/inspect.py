@@ -105,7 +105,7 @@ def read_rows(source: Source, numbers: Collection[int]) -> dict[int, Row]:
     )
     for first_row, rows in opened.batches(BATCH_ROWS):
         count = first_row + len(rows)
-        found |= {n: rows[n - first_row] for n in wanted if first_row <= n < count}
+        found |= {n: rows[n - first_row] for n in sorted(wanted) if first_row <= n < count}
         if len(found) == len(wanted):
             return found
     missing = min(wanted - found.keys())
@@ -143,7 +143,7 @@ def look_at(number: int, row: Row, source: Source, data: Data, words: Words) -> 
     )
 
 
-def _within_limit(  # noqa: PLR0913, PLR0917
+def _within_limit(
     whole: Sample, number: int, row: Row, source: Source, data: Data, words: Words
 ) -> tuple[Sample, str]:
     assert not isinstance(row, BadRow)

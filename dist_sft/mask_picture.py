@@ -1,13 +1,13 @@
 """Draw the mask of one sample as a picture: a bar for every token, high and green where learned.
 
-The tokens run like a text, each bar as wide as its label. Fonts are looked for character by
-character, as no font that comes with matplotlib has Chinese in it.
+The tokens run like a text, each bar as wide as its label. Fonts are looked for by the characters
+that they have, as no font that comes with matplotlib has Chinese in it.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,18 @@ from matplotlib.patches import Patch, Rectangle
 from dist_sft.inspect import Token
 
 MAX_TOKENS = 1200
-LINE_COLUMNS = 110.0
-"""Width of a line of bars; one column is a Latin letter of the label font."""
-LINE_HEIGHT = 3.4
-GAP = 0.35
-LEARNED_HEIGHT, READ_HEIGHT = 1.0, 0.3
 MAX_LABEL = 28
-INCHES_PER_COLUMN = 0.105
+
+# Lengths are in columns (a Latin letter of the label font) and in rows of one and a half of them.
+INCHES_PER_COLUMN, INCHES_PER_ROW = 0.105, 0.1575
+LINE_COLUMNS = 110.0
+MARGIN, HEAD = 2.0, 5.4
+LINE_HEIGHT = 3.5
+GAP, SMALL_GAP = 0.4, 0.12
+"""Between pieces of text, and between the tokens of one character."""
+MIN_BAR = 0.6
+LEARNED_HEIGHT, READ_HEIGHT = 1.0, 0.3
+LABEL_BELOW = 1.25
 FONT_POINTS = 11.0
 LATIN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
 # Wide characters are a whole em, and the Latin letters of this font 0.602 of it.
@@ -43,10 +48,13 @@ class Fonts(NamedTuple):
     missing: frozenset[str]
 
 
-class Placed(NamedTuple):
-    """A token with its label and its place, in columns and lines."""
+class Cell(NamedTuple):
+    """A piece of text with the bars of its tokens, and its place in columns and lines.
 
-    token: Token
+    It has several tokens where a character is spread over them.
+    """
+
+    tokens: tuple[Token, ...]
     label: str
     left: float
     width: float
@@ -59,12 +67,13 @@ def draw(tokens: Sequence[Token], title: str, path: Path) -> list[str]:
     shown = tokens[:MAX_TOKENS]
     if len(shown) < len(tokens):
         notes.append(f"the picture shows the first {len(shown):,} of {len(tokens):,} tokens")
-    fonts = find_fonts({*title, *(c for token in shown for c in _visible(token.text))})
+    fonts = find_fonts({*title, *(c for token in shown for c in token.text.translate(VISIBLE))})
     if fonts.missing:
         notes.append(_advice(fonts.missing))
     learned = sum(token.learned for token in tokens)
     subtitle = f"{len(tokens):,} tokens, {learned:,} learned ({learned / len(tokens):.0%})"
-    figure = _figure(place(shown, fonts.missing), label_of(title, fonts.missing), subtitle, fonts)
+    title = drawable(title, fonts.missing)
+    figure = _figure(place(shown, fonts.missing), title, subtitle, fonts)
     figure.savefig(path, dpi=150, facecolor="white")
     return notes
 
@@ -118,15 +127,15 @@ def _advice(missing: Collection[str]) -> str:
 # ---- labels and places -----------------------------------------------------------------------
 
 
-def _visible(text: str) -> str:
-    return text.translate(VISIBLE)
-
-
 def label_of(text: str, missing: Collection[str]) -> str:
-    """Return a label that can be drawn: white space as signs, what no font has as code points."""
-    parts = [c if c.isprintable() and c not in missing else f"<{ord(c):X}>" for c in _visible(text)]
-    label = "".join(parts)
+    """Return the label of a piece of text, with signs for white space."""
+    label = drawable(text.translate(VISIBLE), missing)
     return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"
+
+
+def drawable(text: str, missing: Collection[str]) -> str:
+    """Write characters that cannot be drawn as their code points."""
+    return "".join(c if c.isprintable() and c not in missing else f"<U+{ord(c):04X}>" for c in text)
 
 
 def columns(label: str) -> float:
@@ -135,78 +144,89 @@ def columns(label: str) -> float:
     return len(label) - wide + wide * WIDE
 
 
-def place(tokens: Sequence[Token], missing: Collection[str] = ()) -> list[Placed]:
+def place(tokens: Sequence[Token], missing: Collection[str] = ()) -> list[Cell]:
     """Put the tokens one after another, and go on in the next line where one is full."""
-    placed = []
+    cells: list[Cell] = []
     left, line = 0.0, 0
-    for token in tokens:
-        label = label_of(token.text, missing)
-        width = max(1.0, columns(label))
+    for group in _characters(tokens):
+        label = label_of(group[-1].text, missing)
+        width = max(MIN_BAR * len(group), columns(label))
         if left and left + width > LINE_COLUMNS:
             left, line = 0.0, line + 1
-        placed.append(Placed(token, label, left, width, line))
+        cells.append(Cell(group, label, left, width, line))
         left += width + GAP
-    return placed
+    return cells
+
+
+def _characters(tokens: Sequence[Token]) -> Iterator[tuple[Token, ...]]:
+    """Group the tokens that make up one character, whose text stands at the last of them."""
+    group: list[Token] = []
+    for token in tokens:
+        group.append(token)
+        if token.text:
+            yield tuple(group)
+            group = []
+    if group:  # cut in the middle of a character
+        yield tuple(group)
 
 
 # ---- drawing ---------------------------------------------------------------------------------
 
 
-def _figure(placed: Sequence[Placed], title: str, subtitle: str, fonts: Fonts) -> Figure:
-    lines = placed[-1].line + 1
-    margin = 2.0
-    total_columns, total_height = LINE_COLUMNS + 2 * margin, lines * LINE_HEIGHT + 6.0
-    inches_per_row = INCHES_PER_COLUMN * 1.5
-    figure = Figure(figsize=(total_columns * INCHES_PER_COLUMN, total_height * inches_per_row))
+def _figure(cells: Sequence[Cell], title: str, subtitle: str, fonts: Fonts) -> Figure:
+    width = LINE_COLUMNS + 2 * MARGIN
+    height = HEAD + (cells[-1].line + 1) * LINE_HEIGHT
+    figure = Figure(figsize=(width * INCHES_PER_COLUMN, height * INCHES_PER_ROW))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set_xlim(-margin, LINE_COLUMNS + margin)
-    axes.set_ylim(total_height, 0.0)
+    axes.set_xlim(-MARGIN, LINE_COLUMNS + MARGIN)
+    axes.set_ylim(height, 0.0)
     axes.set_axis_off()
+    # Without parse_math=False two dollar signs in a row's text would start a formula.
     style: dict[str, Any] = {"family": list(fonts.families), "parse_math": False}
-    axes.text(0, 2.0, title, fontsize=14, weight="bold", color="#222222", **style)
-    axes.text(0, 3.5, subtitle, fontsize=FONT_POINTS, color=DARK_GREY, **style)
+    axes.text(0, 2.2, title, fontsize=14, color="#222222", **style)
+    axes.text(0, 3.7, subtitle, fontsize=FONT_POINTS, color=DARK_GREY, **style)
     axes.legend(
         handles=[
             Patch(facecolor=GREEN, label="learned: the model must produce it"),
             Patch(facecolor=GREY, label="only read"),
             Patch(facecolor="white", edgecolor=DARK_GREY, label="outlined: control token"),
         ],
-        loc="upper right",
-        bbox_to_anchor=(LINE_COLUMNS, 0.6),
+        loc="lower right",
+        bbox_to_anchor=(LINE_COLUMNS, 3.9),
         bbox_transform=axes.transData,
         borderaxespad=0,
+        borderpad=0,
         ncols=3,
         frameon=False,
         fontsize=9,
         handlelength=1.2,
         columnspacing=1.4,
     )
-    for item in placed:
-        _draw_token(axes, item, 5.2 + item.line * LINE_HEIGHT, style)
+    for cell in cells:
+        _draw_cell(axes, cell, HEAD + cell.line * LINE_HEIGHT, style)
     return figure
 
 
-def _draw_token(axes: Axes, item: Placed, top: float, style: dict[str, Any]) -> None:
-    learned = item.token.learned
-    height = LEARNED_HEIGHT if learned else READ_HEIGHT
+def _draw_cell(axes: Axes, cell: Cell, top: float, style: dict[str, Any]) -> None:
+    step = (cell.width + SMALL_GAP) / len(cell.tokens)
     base = top + LEARNED_HEIGHT
-    axes.add_patch(
-        Rectangle(
-            (item.left, base - height),
-            item.width,
-            height,
-            facecolor=GREEN if learned else GREY,
-            edgecolor=DARK_GREEN if item.token.control else "none",
-            linewidth=1.3,
+    for number, token in enumerate(cell.tokens):
+        height = LEARNED_HEIGHT if token.learned else READ_HEIGHT
+        corner = (cell.left + number * step, base - height)
+        color, edge = (GREEN, DARK_GREEN) if token.learned else (GREY, DARK_GREY)
+        outline = edge if token.control else "none"
+        axes.add_patch(
+            Rectangle(
+                corner, step - SMALL_GAP, height, facecolor=color, edgecolor=outline, linewidth=1.3
+            )
         )
-    )
     axes.text(
-        item.left + item.width / 2,
-        base + 0.35,
-        item.label,
+        cell.left + cell.width / 2,
+        base + LABEL_BELOW,
+        cell.label,
         ha="center",
-        va="top",
+        va="baseline",
         fontsize=FONT_POINTS,
-        color=DARK_GREEN if learned else DARK_GREY,
+        color=DARK_GREEN if cell.tokens[-1].learned else DARK_GREY,
         **style,
     )

@@ -124,7 +124,7 @@ def show_step(console: Console, recipe: Recipe, train: Dataset, workers: int, st
 
     rate = learning_rate(step, steps, recipe.optimizer)
     console.print(
-        f"step {step:,} of {steps:,}, epoch {plan.epoch_of(step)}: {len(samples):,} examples, "
+        f"step {step:,} of {steps:,}, epoch {plan.epoch_of(step) + 1}: {len(samples):,} examples, "
         f"{int(lengths.sum()):,} tokens, learning rate {rate:.2e}, "
         f"{'packed' if packed else 'padded'}",
         highlight=False,

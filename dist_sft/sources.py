@@ -23,7 +23,7 @@ from dist_sft.json_array import json_problem, not_utf8, read_json_array
 from dist_sft.rows import BadRow
 
 if TYPE_CHECKING:
-    import datasets  # noqa: PLC0415
+    import datasets
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 # A CSV without one of these in its first line has no header, whatever that line says.
@@ -129,8 +129,8 @@ def _saved_folder(folder: Path, split: str, key: str) -> Source:
             f"{key}.path={folder}: a folder, but not one written by Dataset.save_to_disk (it has "
             f"neither state.json nor dataset_dict.json); to read a file in it, give the file's path"
         )
-    import datasets  # noqa: PLC0415
-    import pyarrow  # noqa: PLC0415
+    import datasets
+    import pyarrow
 
     try:
         saved = datasets.load_from_disk(str(folder))  # raises IndexError for one without rows
@@ -153,7 +153,7 @@ def _saved_folder(folder: Path, split: str, key: str) -> Source:
 
 
 def _hub_dataset(name: str, split: str, key: str) -> Source:
-    import datasets  # noqa: PLC0415
+    import datasets
 
     try:
         dataset = datasets.load_dataset(name, split=split)
@@ -254,8 +254,8 @@ def _check_header(header: list[str], blame: str) -> None:
 
 
 def _parquet(file: Path, blame: str) -> Iterator[Row]:
-    import pyarrow  # noqa: PLC0415
-    import pyarrow.parquet  # noqa: PLC0415
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:

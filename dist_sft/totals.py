@@ -128,7 +128,7 @@ def show_totals(
     if data.eval:
         stores += [store for dataset in evals.values() for store in dataset.stores]
     encoded = list(zip(sources_of(data), stores, strict=True))
-    console.print(counts_table([(str(source), store) for source, store in encoded]))
+    console.print(counts_table(encoded, len(data.train)))
     if data.eval_fraction:
         held_out = len(evals["held_out"])
         console.print(
@@ -159,18 +159,19 @@ def look_at_sample(dataset: Dataset, number: int, words: Words) -> Look:
     return Look(f"{name} row {row}", "", tokens_of(sample, words))
 
 
-def counts_table(stores: Sequence[tuple[str, Store]]) -> Table:
-    """Return a table with one line per source, and their sum where there are several."""
+def counts_table(encoded: Sequence[tuple[Source, Store]], num_train: int) -> Table:
+    """Return a table with one line per source, and the training sources' sum if several."""
     table = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
     table.add_column("source", overflow="fold")
-    for name in ("rows", "kept", "cut", "left out", "repeated", "tokens", "learned", "median",
-                 "longest"):  # fmt: skip
+    for name in (
+        "rows", "kept", "cut", "left out", "repeated", "tokens", "learned", "median", "longest"
+    ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
-    for name, store in stores:
-        table.add_row(name, *_counts([store]))
-    if len(stores) > 1:
-        table.add_section()
-        table.add_row("together", *_counts([store for _, store in stores]), style="bold")
+    for number, (source, store) in enumerate(encoded, start=1):
+        table.add_row(str(source), *_counts([store]))
+        if number == num_train > 1:
+            together = [store for _, store in encoded[:num_train]]
+            table.add_row("all training sources", *_counts(together), style="bold")
     return table
 
 

@@ -91,7 +91,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             return Feeder(dataset, place.rank, place.world, budget, packed, place.device)
 
         feeder = feed(train_set)
-        feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
+        eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
         done = restore_newest(run_dir, engine, console)
         track = start_trackers(accelerator, recipe)
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -158,10 +158,11 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             if collectives:
                 line["collectives"] = collectives.seconds()
             if step == total or is_due(step, recipe.eval.every):
-                losses_by_name = {
-                    n: evaluate(engine, f, place.device) for n, f in eval_feeders.items()
+                evaluated = {
+                    name: evaluate(engine, held_out, place.device)
+                    for name, held_out in eval_feeders.items()
                 }
-                line |= {"eval_loss": losses_by_name} if losses_by_name else {}
+                line |= {"eval_loss": evaluated} if evaluated else {}
             if metrics:
                 metrics.write(**line)
             track(line)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -63,7 +64,7 @@ def train_cell(job: SimpleNamespace, cell: SimpleNamespace) -> dict[str, Any]:
             "gradient_checkpointing": cell.checkpointing,
         },
         "data": {"train": [{"path": "in memory"}]},
-        "train": {"batch_size": job.batch_size, "steps": job.steps},
+        "train": {"batch_size": job.batch_size, "steps": cell.steps},
         "optimizer": job.optimizer,
         "deepspeed": cell.deepspeed,
     }
@@ -82,13 +83,14 @@ def train_cell(job: SimpleNamespace, cell: SimpleNamespace) -> dict[str, Any]:
     reference = load_file(job.references[cell.model])
 
     curve: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "micro_batches": []}
-    for number in range(1, job.steps + 1):
+    for number in range(1, cell.steps + 1):
         micro_batches = feeder.micro_batches(plan.samples(number))
         supervised, _ = step.agree_on_step(micro_batches, stop, CPU)
         losses = step.run_micro_batches(sharded, micro_batches, supervised, clock)
         curve["losses"].append(step.summed(losses, CPU) / supervised)
-        curve["gradients"].append(worst_difference(sharded, reference, number))
-        rate = learning_rate(number, job.steps, recipe.optimizer)
+        if number in job.gradient_steps:
+            curve["gradients"].append(worst_difference(sharded, reference, number))
+        rate = learning_rate(number, cell.steps, recipe.optimizer)
         engine.set_learning_rate(sharded, rate)
         curve["norms"].append(sharded.step())
         curve["micro_batches"].append(len(micro_batches))
