@@ -246,12 +246,11 @@ def measure(
     case: str, round_number: int, contestant: Contestant, work: Work, setting: Setting
 ) -> Run:
     """Let one contestant train and check that it did the work asked for."""
-    threads = contestant.ranks * setting.threads
     folder = Path(tempfile.mkdtemp(prefix="train-speed-"))
     command = contestant.command(work, setting, folder)
-    before = matmul_gflops(setting, threads)
+    before = matmul_gflops(setting, contestant.ranks)
     run(command, folder / "log.txt", setting.threads)
-    after = matmul_gflops(setting, threads)
+    after = matmul_gflops(setting, contestant.ranks)
     lines = read_steps(folder / "run" / "metrics.jsonl")
     check_equal_work(contestant.name, work, lines)
     shutil.rmtree(folder)  # where something failed it stays: its logs say why
@@ -276,13 +275,14 @@ def measure(
     )
 
 
-def matmul_gflops(setting: Setting, threads: int) -> float:
-    """Measure the machine's matrix-multiply rate now, in a process of its own."""
+def matmul_gflops(setting: Setting, ranks: int) -> float:
+    """Measure the machine's matrix-multiply rate now, with as many processes as there are ranks."""
     command = [
         *(sys.executable, str(HERE / "matmul_rate.py"), str(setting.model)),
-        *("--threads", str(threads), "--dtype", setting.dtype),
+        *("--threads", str(setting.threads), "--dtype", setting.dtype),
     ]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(ranks)]
+    return sum(float(child.communicate()[0]) for child in children)
 
 
 def run(command: Sequence[str], log: Path, threads: int) -> None:

@@ -16,10 +16,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 NAME = "dist_sft_segments"
-WINDOW_PROBE = 64  # a window longer than this is taken on trust: probing it would cost real time
+WINDOW_PROBE = 64  # proofs do not reach beyond longer windows: their length comes from the mask
+LEFT_OUT = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a bias on the scores",
+    "indices": "a choice of keys",
+    "block_indices": "a choice of keys",
+}
+"""Arguments that models pass to their attention for what is not computed here."""
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class UnsupportedAttention(NotImplementedError):
@@ -39,88 +54,97 @@ def segment_attention(
     """Attend causally within every segment; the signature is that of `AttentionInterface`.
 
     query [1, H, T, D], key and value [1, G, T, D] with H a multiple of G; `cu_seq_lens_q` [N + 1]
-    and `max_length_q` come from the batch, `sliding_window` (in tokens) from the layer. Returns
+    and `max_length_q` come from the batch, the mask is that of `window_as_mask`. Returns
     [1, T, H, D]. Raises UnsupportedAttention for features that would silently be left out.
     """
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if _is_set(kwargs, name)]
-    if attention_mask is not None:
-        unsupported.append("attention_mask")
+    unsupported = [LEFT_OUT[name] for name in LEFT_OUT if kwargs.get(name) is not None]
+    if attention_mask is not None and attention_mask.dim() > 0:
+        unsupported.append("a mask of its own")
     if "cu_seq_lens_q" not in kwargs:
-        unsupported.append("a model that does not pass cu_seq_lens_q on to its attention")
+        unsupported.append("layers that are not told where segments begin")
     if unsupported:
         raise UnsupportedAttention(", ".join(unsupported))
-    window: int | None = kwargs.get("sliding_window")
+    window = None if attention_mask is None else int(attention_mask)
+    if kwargs.get("sliding_window") not in (None, window):
+        raise UnsupportedAttention("layers that name another window than their mask has")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 behind
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     bounds: Tensor = kwargs["cu_seq_lens_q"]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return _on_cuda(query, key, value, bounds, kwargs["max_length_q"], scaling, window), None
-    return _per_segment(query, key, value, bounds.tolist(), scaling, dropout, window), None
+    if not dropout and _flash_computes(query, value):
+        longest: int = kwargs["max_length_q"]
+        return _on_cuda((query, key, value), bounds, longest, scaling, window), None
+    lengths = bounds.diff().tolist()
+    return _per_segment((query, key, value), lengths, scaling, dropout, window), None
 
 
-def _is_set(kwargs: dict[str, Any], name: str) -> bool:
-    return kwargs.get(name) is not None
+def window_as_mask(
+    config: PreTrainedConfig, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """Stand in for a mask where transformers builds one: None, or the sliding window's size [].
+
+    So every layer's window is the one that its stock mask has, whatever else the model says, and
+    masks of other shapes are refused on rows too short to show them. Raises UnsupportedAttention.
+    """
+    if use_vmap or "allow_is_bidirectional_skip" in kwargs:  # transformers' signs of such masks
+        raise UnsupportedAttention("a mask that is not simply causal")
+    if local_size is None:
+        return None
+    if local_size != getattr(config, "sliding_window", None):
+        raise UnsupportedAttention("attention in chunks")
+    return torch.tensor(local_size)
 
 
 def _per_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: list[int],
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    qkv: QKV, lengths: list[int], scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
+    grouped = qkv[0].shape[1] != qkv[1].shape[1]
+    # Not slices: the gradient of each would be a tensor of zeros as long as the whole row.
+    segments = zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for segment, length in zip(segments, lengths, strict=True):
         mask = None
-        if window is not None and end - start > window:
-            ones = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device)
+        if window is not None and length > window:
+            ones = torch.ones(length, length, dtype=torch.bool, device=qkv[0].device)
             mask = ones.tril().triu(1 - window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+        output = F.scaled_dot_product_attention(
+            *segment, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _flash_computes(query: Tensor, value: Tensor) -> bool:
+    dim = query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and dim == value.shape[-1] and dim % 8 == 0 and dim <= 256
 
 
 def _on_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    longest: int,
-    scaling: float | None,
-    window: int | None,
+    qkv: QKV, bounds: Tensor, longest: int, scaling: float | None, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped = qkv[0].shape[1] != qkv[1].shape[1]
+    heads = [tensor[0].transpose(0, 1) for tensor in qkv]  # [T, H or G, D]
+    # (left, right) neighbours beside the token itself; -1 is unlimited.
+    reach = (-1 if window is None else window - 1, 0)
     output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        *heads,
         bounds,
         bounds,
         longest,
         longest,
         scale=scaling,
-        # (left, right) neighbours beside the token itself; -1 is unlimited.
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        window_size=reach,
+        enable_gqa=grouped,
     )
     assert isinstance(output, Tensor)
     return output[None]
 
 
-# No mask function of this name is registered, so transformers builds no mask at all.
 AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, window_as_mask)
 
 
 def packed_inputs(lengths: list[int], device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -129,13 +153,12 @@ def packed_inputs(lengths: list[int], device: torch.device | str = "cpu") -> dic
     The names are transformers' own for packed rows, so that its flash kernels understand them too.
     `use_cache=False` and the absent attention mask are part of what keeps stock masks honest.
     """
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    cu_seq_lens = bounds.to(device=device, dtype=torch.int32)
     return {
         "position_ids": positions[None].to(device),
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
         "use_cache": False,
@@ -151,6 +174,21 @@ def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def experts_token_by_token(model: PreTrainedModel) -> Iterator[None]:
+    """Let experts compute every token by itself within a block.
+
+    They usually take all their tokens at once, and how many there are decides how sums round: an
+    example's routing would show in the last bits of its neighbours.
+    """
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @dataclass(frozen=True)
@@ -170,54 +208,67 @@ def isolation(forward: Forward, vocab_size: int, lengths: tuple[int, int]) -> Pr
 
     Another first segment must leave the second's logits equal bit by bit.
     """
-    generator = torch.Generator().manual_seed(0)
-    first, other = (torch.randint(vocab_size, (lengths[0],), generator=generator) for _ in "ab")
-    second = torch.randint(vocab_size, (lengths[1],), generator=generator)
-    other[-1] = (first[-1] + 1) % vocab_size  # two short random rows might be alike
-    before = forward(torch.cat([first, second])[None], list(lengths))[0, lengths[0] :]
-    after = forward(torch.cat([other, second])[None], list(lengths))[0, lengths[0] :]
+    first, other, second = (_row(vocab_size, lengths[i], seed=n) for n, i in enumerate((0, 0, 1)))
+    other[0, -1] = (first[0, -1] + 1) % vocab_size  # two short random rows might be alike
+    before = forward(torch.cat([first, second], dim=1), list(lengths))[0, lengths[0] :]
+    after = forward(torch.cat([other, second], dim=1), list(lengths))[0, lengths[0] :]
     if torch.equal(before, after):
         return Proof(True, "isolated bit by bit")
     leak = (before.float() - after.float()).abs().max().item()
     return Proof(False, f"an example changes its neighbour's logits by {leak:.3g}")
 
 
-def prove(model: PreTrainedModel, call: Callable[..., Any], device: torch.device) -> Proof:
-    """Prove that segment attention is isolated and computes what the stock attention computes.
+def _row(vocab_size: int, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (1, length), generator=generator)
 
-    `call` runs the model, sharded or not; with ZeRO-3 all ranks must call this together.
+
+def prove(model: PreTrainedModel, call: Callable[..., Any], device: torch.device) -> Proof:
+    """Prove that packing neither mixes examples nor changes what the model computes on each.
+
+    Isolation is proved in training mode, with gradient checkpointing and dropout as in training;
+    then each segment must equal the stock attention on the segment alone: this finds positions
+    that do not start again, windows and whatever else is left out. `call` runs the model, sharded
+    or not; with ZeRO-3 all ranks must call this together. Not seen by it: rotary embeddings whose
+    scale depends on the longest row of a batch ("dynamic", "longrope"), which padding mixes too.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     lengths = (9, window + 3 if 0 < window <= WINDOW_PROBE else 12)
-    stock = model.config._attn_implementation
 
     def packed(input_ids: Tensor, segments: list[int]) -> Tensor:
+        torch.manual_seed(0)  # the same dropout every time
         inputs = packed_inputs(segments, device)
         logits: Tensor = call(input_ids=input_ids.to(device), **inputs).logits
         return logits
 
+    stock = model.config._attn_implementation
     was_training = model.training
-    model.eval()
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), implementation(model, NAME):
+        with torch.no_grad(), torch.random.fork_rng(devices), implementation(model, NAME):
             if model.config._attn_implementation != NAME:
                 return Proof(False, f"{type(model).__name__} has no exchangeable attention")
+            model.train()
             proof = isolation(packed, config.vocab_size, lengths)
             if not proof.holds:
+                with experts_token_by_token(model):
+                    proof = isolation(packed, config.vocab_size, lengths)
+            if not proof.holds:
                 return proof
-            ids = torch.randint(
-                config.vocab_size, (1, lengths[1]), generator=torch.Generator().manual_seed(1)
-            )
-            ours = packed(ids, [lengths[1]])
+            model.eval()
+            rows = [_row(config.vocab_size, length, seed=length) for length in lengths]
+            ours = packed(torch.cat(rows, dim=1), list(lengths))
             with implementation(model, stock):
-                theirs = call(input_ids=ids.to(device), use_cache=False).logits
-    except (UnsupportedAttention, ValueError) as error:
-        return Proof(False, f"segment attention does not support {error}")
+                alone = [call(input_ids=row.to(device), use_cache=False).logits for row in rows]
+    except Exception as error:
+        kind = "" if isinstance(error, UnsupportedAttention) else f"{type(error).__name__}: "
+        return Proof(False, f"{type(model).__name__} cannot be packed: {kind}{error}")
     finally:
         model.train(was_training)
-    difference = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
-    tolerance = 1e-4 if theirs.dtype == torch.float32 else 5e-2
-    if not difference <= tolerance:
-        return Proof(False, f"it differs from the model's own attention by {difference:.3g}")
+    theirs = torch.cat(alone, dim=1).float()
+    difference = (ours.float() - theirs).abs().max() / theirs.abs().max()
+    tolerance = 1e-4 if ours.dtype == torch.float32 else 5e-2
+    if not difference <= tolerance:  # NaN is not
+        return Proof(False, f"packed logits differ from those of rows alone by {difference:.3g}")
     return proof

@@ -218,7 +218,7 @@ class Encoder:
         ids_of = self._encode_texts(
             piece.text for item in rendered for piece in item.pieces if not piece.control
         )
-        proof = Proof(self._end_ids, self._unknown_id)
+        proof = Proof(self._end_ids, self._unknown_id, self._control_ids)
         for item in rendered:
             index = item.row_index
             try:

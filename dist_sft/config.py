@@ -1,4 +1,4 @@
-"""The recipe: one frozen, typed tree. Reads YAML, applies overrides, reports every mistake at once.
+"""The recipe: one frozen, typed tree, that reports every mistake in it at once.
 
 People write sparse YAML; machines write and read the resolved `config.json`. Nothing here may
 import torch, transformers, datasets or accelerate: `--help` and `--dry-run` must answer at once.
@@ -8,19 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dist_sft.errors import UserError
 from dist_sft.recipe_errors import explain
+from dist_sft.recipe_yaml import read_tree
 from dist_sft.zero import DeepSpeed, load_deepspeed
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Strict: `epochs: true` is a slip of the pen and not the number 1.
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+PositiveNumber = Annotated[float, Field(gt=0.0, strict=True, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=0.0, strict=True, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(lt=1.0)]
+
+# What may differ when a run is continued: it never changes what is learned.
+MAY_CHANGE = frozenset(
+    {
+        "train.tokens_per_micro_batch",
+        "model.gradient_checkpointing",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "eval.every",
+        "trackers",
+    }
+)
 
 
 class Section(BaseModel):
@@ -32,6 +48,8 @@ class Section(BaseModel):
 
 
 class Model(Section):
+    """What is trained."""
+
     path: str | None = None
     """A model folder (safetensors), a hub name, or a run folder (its newest checkpoint)."""
     config: dict[str, Any] | None = None
@@ -61,11 +79,13 @@ class Model(Section):
 
 
 class Source(Section):
+    """One place that rows come from."""
+
     path: str
     """JSON, JSONL, CSV or Parquet file, a folder of `Dataset.save_to_disk`, or a hub name."""
     name: str | None = None
     """Name in logs and metrics; by default the file's name."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: PositiveNumber = 1.0
     """Passes over this source per epoch: 1.0 every row once, 0.5 half of them, 2.0 twice."""
     split: str = "train"
     """Split of a hub data set or saved DatasetDict."""
@@ -79,6 +99,8 @@ class Source(Section):
 
 
 class Data(Section):
+    """What is learned and evaluated, and how rows become tokens."""
+
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     """What is learned; several sources are a mixture."""
     eval: tuple[Source, ...] = ()
@@ -111,9 +133,11 @@ class Data(Section):
 
 
 class Train(Section):
+    """How long, and in which pieces."""
+
     batch_size: Positive = 32
     """Examples per optimizer step, over all ranks."""
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    epochs: PositiveNumber | None = None
     """Passes over the data (1 if neither epochs nor steps is set)."""
     steps: Positive | None = None
     """Optimizer steps, instead of `epochs`."""
@@ -131,25 +155,27 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    lr: Annotated[float, Field(gt=0.0)] = 2e-5
+    """AdamW and its learning rate."""
+
+    lr: PositiveNumber = 2e-5
     """Peak learning rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Number = 0.0
     """Decay of matrices; biases, norms and other vectors are never decayed."""
     beta1: Fraction = 0.9
     """AdamW's first moment."""
     beta2: Fraction = 0.999
     """AdamW's second moment."""
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: PositiveNumber = 1e-8
     """AdamW's epsilon."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Fraction = 0.0
     """Fraction of all steps in which the rate rises linearly from 0."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Count | None = None
     """The same as a number of steps, instead of `warmup_ratio`."""
-    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    min_lr_ratio: Annotated[Number, Field(le=1.0)] = 0.0
     """Where linear and cosine end, as a fraction of `lr`."""
-    clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    clip: PositiveNumber | None = 1.0
     """Largest norm of the whole gradient; null leaves it alone."""
 
     @model_validator(mode="after")
@@ -160,6 +186,8 @@ class Optimizer(Section):
 
 
 class Checkpoint(Section):
+    """When the state is saved, and how long it is kept."""
+
     every: Positive | None = None
     """Steps between checkpoints; null: only at the end and on a stop."""
     keep: Positive = 3
@@ -167,16 +195,20 @@ class Checkpoint(Section):
 
 
 class Eval(Section):
+    """When the evaluation sets are looked at."""
+
     every: Positive | None = None
     """Steps between evaluations; null: only at the end."""
 
 
 class Recipe(Section):
+    """A whole training run."""
+
     job: Literal["train"] = "train"
     """What the recipe is for; the launcher's word decides."""
     run_dir: str
     """Folder of the run: config, logs, metrics, checkpoints. The same folder again continues."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Count, Field(lt=2**63)] = 0
     """Seed of data order, random weights and dropout."""
     threads_per_worker: Literal["auto"] | Positive = "auto"
     """CPU threads per worker; auto is 1 on CPU (threads change the last bits) and a fair share
@@ -234,30 +266,19 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError with every mistake found, one per line, each with its dotted path, what was
     given and what is allowed.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no recipe at {path}: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
-    return check(tree, origin=str(path))
+    return check(read_tree(path, overrides), origin=str(path))
 
 
 def read_config_json(run_dir: str | Path) -> Recipe:
     """Read the resolved recipe that a launcher wrote into a run folder."""
     path = Path(run_dir) / "config.json"
     try:
-        return check(json.loads(path.read_text(encoding="utf-8")), origin=str(path))
-    except FileNotFoundError:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir} is not a run folder: it has no config.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    return check(tree, origin=str(path))
 
 
 def check(tree: dict[str, Any], origin: str) -> Recipe:
@@ -270,59 +291,25 @@ def check(tree: dict[str, Any], origin: str) -> Recipe:
         raise UserError("\n  ".join([f"{len(lines)} {noun} in {origin}:", *lines])) from None
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value` in a plain tree, in place; list items go by their number.
-
-    The value is read as YAML, so `null`, `true`, numbers and `[a, b]` mean what they mean there.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form dotted.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from None
-    *parents, last = key.split(".")
-    node: Any = tree
-    for depth, part in enumerate(parents):
-        if isinstance(node, dict):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        else:
-            node = node[_index(node, part, ".".join(parents[:depth]), override)]
-    if isinstance(node, dict):
-        node[last] = value
-    else:
-        node[_index(node, last, ".".join(parents), override)] = value
+def difference(old: Recipe, new: Recipe) -> dict[str, str]:
+    """Return the settings in which two recipes differ as key: "old -> new"; run_dir is none."""
+    before, after = (recipe.model_dump(mode="json", exclude={"run_dir"}) for recipe in (old, new))
+    return dict(_changes(before, after, ""))
 
 
-def _index(node: Any, part: str, at: str, override: str) -> int:
-    if not isinstance(node, list):
-        raise UserError(f"override {override!r}: {at} is {node!r} and has no settings in it")
-    if not part.isdigit() or int(part) >= len(node):
-        allowed = f"0 to {len(node) - 1}" if node else "none, the list is empty"
-        raise UserError(f"override {override!r}: {at} has no item {part!r}, allowed: {allowed}")
-    return int(part)
-
-
-def difference(old: Recipe, new: Recipe) -> list[str]:
-    """List the settings in which two recipes differ as `key: old -> new`; run_dir is no setting."""
-    before, after = (_flat(r.model_dump(mode="json", exclude={"run_dir"})) for r in (old, new))
-    return [
-        f"{key}: {before.get(key, '(not set)')!r} -> {after.get(key, '(not set)')!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, _MISSING) != after.get(key, _MISSING)
-    ]
+def _changes(old: Any, new: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys((*old, *new)):
+            inner = f"{key}.{name}".strip(".")
+            yield from _changes(old.get(name, _MISSING), new.get(name, _MISSING), inner)
+    elif old != new:
+        yield key, f"{_shown(old)} -> {_shown(new)}"
 
 
 _MISSING = object()
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, list):
-        tree = {str(i): item for i, item in enumerate(tree)}
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    leaves = (_flat(item, f"{prefix}.{key}".strip(".")) for key, item in tree.items())
-    return {key: value for leaf in leaves for key, value in leaf.items()}
+def _shown(value: Any) -> str:
+    return "(not set)" if value is _MISSING else json.dumps(value, ensure_ascii=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -18,13 +20,26 @@ def redirect_output(log: Path) -> RichConsole:
 
     File descriptors are redirected, so that libraries in C++ end up in the log as well.
     """
-    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    terminal = _Terminal(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
     with open(log, "a", encoding="utf-8") as file:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     return RichConsole(file=terminal, highlight=False, soft_wrap=True)
+
+
+class _Terminal(io.TextIOWrapper):
+    """A terminal that may go away: a run outlives the window, or the pipe, that watches it."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 class Console:

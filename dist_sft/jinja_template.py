@@ -73,17 +73,21 @@ class JinjaTemplate:
     def produces(self, turn: Turn, text: str) -> bool:
         """Tell whether `text` is the turn's words, after nothing but what the probe showed.
 
-        White space is free: templates trim it. Templates may leave out an earlier turn's thinking.
-        Tool calls follow in the template's own words, with the tools' names in order.
+        Templates trim words, and write thinking with other white space or leave it out. Tool calls
+        follow in the template's own words, with the tools' names in order.
         """
-        found = _squash(text)
-        wordings = {_squash(turn.text), _squash(turn.text.rpartition("</think>")[2])}
-        starts = [addition + words for addition in self._additions for words in wordings]
+        thought, mark, words = turn.text.rpartition("</think>")
+        words = words.strip()
+        leads = {
+            a + thinking for a in self._additions for thinking in ("", _squash(thought + mark))
+        }
         if not turn.tool_calls:
-            return found in starts
-        names = ".*".join(re.escape(_squash(call.name)) for call in turn.tool_calls)
+            said = text.rstrip()
+            return said.endswith(words) and _squash(said.removesuffix(words)) in leads
+        names = re.compile(".*".join(re.escape(call.name) for call in turn.tool_calls), re.DOTALL)
         return any(
-            found.startswith(start) and re.search(names, found[len(start) :]) for start in starts
+            _squash(text[: found.start()]) in leads and names.search(text, found.end())
+            for found in re.finditer(re.escape(words), text)
         )
 
     # ---- rendering ---------------------------------------------------------------------------
@@ -92,7 +96,7 @@ class JinjaTemplate:
         self, messages: list[Message], tools: Sequence[Any], *, generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]] | None]:
         """Return the text, and the generation blocks of a template that marks them."""
-        from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             source = self._tokenizer.get_chat_template(self._source, list(tools) or None)

@@ -33,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     try:
         recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
-        workers = node.count_gpus() or 1 if options.workers is None else options.workers
+        gpus = node.count_gpus()
+        workers = gpus or 1 if options.workers is None else options.workers
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
         if options.dry_run:
-            print(dry_run(recipe, workers))
+            print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
         launch = runs.Launch("local", 1, workers, {"overrides": options.overrides},
                              runs.code_revision())  # fmt: skip
@@ -55,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return runs.WRONG_INPUT
 
 
-def dry_run(recipe: Recipe, workers: int) -> str:
+def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:
     """Return exactly what a run would use: the resolved recipe and the workers' command line."""
     run_dir = Path(recipe.run_dir)
     attempt = max(runs.attempts(run_dir), default=-1) + 1
     command = node.torchrun_command(run_dir, recipe.job, attempt, node.Group(1, workers))
-    threads = node.threads_for(recipe.threads_per_worker, workers, node.count_gpus())
+    threads = node.threads_for(recipe.threads_per_worker, workers, gpus)
     variables = [f"{key}={value}" for key, value in node.rank_environment(threads).items()]
     return (
         f"# {run_dir}/config.json\n{recipe.to_json()}# command\n{shlex.join(variables + command)}"

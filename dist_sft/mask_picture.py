@@ -92,23 +92,25 @@ def find_fonts(characters: Collection[str]) -> Fonts:
     for file in files:
         found = _covered(file, missing)
         if found:
+            known = len(fontManager.ttflist)
             fontManager.addfont(file)
-            families.append(fontManager.ttflist[-1].name)
+            families.append(fontManager.ttflist[known].name)  # a collection adds several
             missing -= found
         if not missing:
             break
     return Fonts(tuple(families), frozenset(missing))
 
 
-def _preference(file: str) -> tuple[int, str]:
+def _preference(file: str) -> tuple[int, bool, str]:
     name = Path(file).name
-    return next((i for i, p in enumerate(PREFERRED) if name.startswith(p)), len(PREFERRED)), file
+    rank = next((i for i, p in enumerate(PREFERRED) if name.startswith(p)), len(PREFERRED))
+    return rank, "Regular" not in name, file
 
 
 def _covered(file: str, characters: Iterable[str]) -> set[str]:
     try:
         font = get_font(file)
-    except RuntimeError:  # not every installed font is one that FreeType can draw
+    except (OSError, RuntimeError):  # not every installed font can be read and drawn
         return set()
     if not font.scalable:
         return set()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import set_seed
 
 from dist_sft import config as settings
 from dist_sft.errors import UserError
 from dist_sft.once import DamagedError, make_once
+from dist_sft.tokenizer import explain_missing
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,15 +43,21 @@ def make_random_weights(recipe: settings.Recipe, vocab_size: int, folder: Path) 
     """Write the model that `model.config` describes, with random weights, unless it is there.
 
     One process does this before any sharding: with ZeRO-3 alive, random numbers fall differently.
+    Raises UserError for a config that describes no causal language model, or has unknown keys.
     """
     assert recipe.model.config is not None
     keys: dict[str, Any] = {**recipe.model.config, "vocab_size": vocab_size}
+    _check_model_type(keys["model_type"])
     try:
         architecture = AutoConfig.for_model(**keys)
+        _check_keys(keys, architecture)
         set_seed(recipe.seed)
         random_model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.config describes no model that can be built: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever the model's own code raises on sizes that do not fit
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"model.config describes no model that can be built: {said}") from error
 
     def load() -> None:
         if not folder.is_dir():
@@ -56,29 +66,59 @@ def make_random_weights(recipe: settings.Recipe, vocab_size: int, folder: Path) 
     make_once(folder, make=random_model.save_pretrained, load=load, what="random weights")
 
 
+def _check_model_type(model_type: object) -> None:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f"model.config.model_type: got {model_type!r}{hint}; allowed: the causal language "
+            "models of transformers, such as llama, qwen3 or gpt2"
+        )
+
+
+def _check_keys(keys: dict[str, Any], architecture: PreTrainedConfig) -> None:
+    """Refuse a key that transformers stored without knowing it: nothing would ever use it."""
+    plain = type(architecture)()
+    for name in keys:
+        if name in vars(architecture) and not hasattr(plain, name):
+            near = get_close_matches(name, plain.to_dict(), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            kind = architecture.model_type
+            raise UserError(f"model.config.{name}: {kind} has no such setting{hint}")
+
+
 def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a causal language model for training, in `dtype`.
 
-    Raises UserError when the folder or hub name holds no loadable safetensors weights.
+    Raises UserError when the folder or hub name holds no loadable safetensors weights, or not all.
     """
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"model.path: {model.path or folder} cannot be loaded: {error}\n"
-            "Give a folder with config.json and safetensors weights, or a hub name."
+            f"model.path: {model.path or folder} cannot be loaded: {explain_missing(folder, error)}"
+            "\nGive a folder with config.json and complete safetensors weights, or a hub name."
         ) from error
+    # transformers fills gaps with random numbers and goes on.
+    gaps = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if gaps:
+        raise UserError(
+            f"model.path: in {model.path or folder}, config.json and the weights do not belong "
+            f"together: {len(gaps)} weights are missing or have other sizes, such as {gaps[0]}"
+        )
     loaded.config.use_cache = False
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
     loaded.train()
-    return loaded
+    return cast(PreTrainedModel, loaded)
 
 
 def fit_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_sft import runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
+from dist_sft.stopping import Relay
 
 SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
 
@@ -100,10 +102,17 @@ def group_from(environment: Mapping[str, str], launch: runs.Launch) -> Group:
     return Group(
         launch.nodes,
         launch.workers_per_node,
-        int(environment["NODE_RANK"]),
+        _number(environment, "NODE_RANK", 0, launch.nodes - 1),
         environment["MASTER_ADDR"],
-        int(environment["MASTER_PORT"]),
+        _number(environment, "MASTER_PORT", 1, 65535),
     )
+
+
+def _number(environment: Mapping[str, str], name: str, low: int, high: int) -> int:
+    text = environment[name]
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"{name}: got {text!r}; allowed: {low} to {high}")
+    return int(text)
 
 
 def run(run_dir: Path, attempt: int) -> int:
@@ -112,7 +121,7 @@ def run(run_dir: Path, attempt: int) -> int:
     group = group_from(os.environ, launch)
     threads = threads_for(recipe.threads_per_worker, group.workers_per_node, count_gpus())
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
-    with open(log, "w", encoding="utf-8") as errors:
+    with Relay() as relay, open(log, "w", encoding="utf-8") as errors:
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
             torchrun_command(run_dir, recipe.job, attempt, group),
@@ -120,37 +129,58 @@ def run(run_dir: Path, attempt: int) -> int:
             stderr=errors,
             start_new_session=True,
         )
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda received, _frame: child.send_signal(received))
+        relay.attach(child)
         child.wait()
-    return report(run_dir, attempt, child.returncode, log)
-
-
-def report(run_dir: Path, attempt: int, returncode: int, torchrun_log: Path) -> int:
-    """Say how the attempt ended, and return its exit code.
-
-    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides.
-    """
     outcome = runs.read_outcome(run_dir, attempt)
-    if outcome is not None:
-        if outcome.code != runs.FINISHED:
-            print(outcome.reason, file=sys.stderr)
-        return outcome.code
+    if outcome is None:
+        outcome = reconstruct(run_dir, attempt, child.returncode, log, relay.received)
+        if group.node_rank == 0:
+            runs.write_outcome(run_dir, attempt, outcome)
+    if outcome.code != runs.FINISHED:
+        print(outcome.reason, file=sys.stderr)
+    if outcome.code == runs.STOPPED:
+        print("the same command continues the run", file=sys.stderr)
+    return outcome.code
+
+
+def reconstruct(
+    run_dir: Path, attempt: int, returncode: int, log: Path, received: signal.Signals | None
+) -> runs.Outcome:
+    """Say how an attempt ended that its rank 0 did not bring to an end.
+
+    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides; where
+    they wrote nothing, the signal that this node passed on, or what torchrun logged.
+    """
     failure = runs.first_failure(run_dir, attempt)
     if failure is not None:
         rank, outcome = failure
-        print(outcome.reason, file=sys.stderr)
-        if outcome.code != runs.WRONG_INPUT:
-            log = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
-            print(f"rank {rank} failed first; its log: {log}", file=sys.stderr)
-        return outcome.code
-    tail = "".join(torchrun_log.read_text(encoding="utf-8").splitlines(keepends=True)[-15:])
-    print(
-        f"the workers ended (torchrun exit {returncode}) without saying why; "
-        f"logs: {torchrun_log.parent}\n{tail}",
-        file=sys.stderr,
-    )
-    return runs.FAILED
+        if outcome.code == runs.WRONG_INPUT:
+            return outcome
+        where = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
+        reason = f"{outcome.reason}\nrank {rank} failed first; its log: {where}"
+        return replace(outcome, reason=reason)
+    if received is not None:
+        reason = f"stopped by signal {received.name} before the workers could write a checkpoint"
+        return runs.Outcome(runs.STOPPED, reason, -1)
+    return runs.Outcome(runs.FAILED, _last_words(log, returncode), -1)
+
+
+def _last_words(log: Path, returncode: int) -> str:
+    """Tell what is known about workers that wrote down nothing."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    verdict = re.search(r"^.* failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text, re.MULTILINE)
+    if verdict is None:
+        told, what = text, f"torchrun ended with {returncode}"
+    else:
+        told, what = text[: verdict.start()], f"worker {verdict[2]} ended with {verdict[1]}"
+        if int(verdict[1]) == -signal.SIGKILL:
+            what += (
+                ", killed from outside: mostly by the kernel because the machine ran out of memory "
+                "(see `dmesg`). Try fewer workers, a smaller train.tokens_per_micro_batch, or "
+                "deepspeed: zero3"
+            )
+    lines = [f"{what}; nobody said why. Logs: {log.parent}", *told.splitlines()[-15:]]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -160,7 +190,9 @@ def main() -> int:
     parser.add_argument("--attempt", type=int, help="number of the attempt; by default the next")
     arguments = parser.parse_args()
     try:
-        attempt = arguments.attempt
+        attempt, nodes = arguments.attempt, runs.read_launch(arguments.run_dir).nodes
+        if attempt is None and nodes > 1:
+            raise UserError(f"a run on {nodes} nodes needs --attempt, the same number on each")
         if attempt is None:
             attempt = runs.start_attempt(arguments.run_dir)
         return run(arguments.run_dir, attempt)

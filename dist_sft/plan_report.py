@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dist_sft.config import Recipe
+from dist_sft.config import Optimizer, Recipe
 from dist_sft.data import make_plan, total_steps
 from dist_sft.errors import UserError
 from dist_sft.optim import learning_rate
@@ -39,7 +39,7 @@ def show_plan(console: Console, recipe: Recipe, train: Dataset, workers: int) ->
         f"{round(summary.tokens_per_epoch / plan.steps_per_epoch):,} per step",
     )
     facts.add_row("supervised", f"{share:.1%} of the tokens are learned")
-    facts.add_row("learning rate", milestones(steps, recipe))
+    facts.add_row("learning rate", milestones(steps, recipe.optimizer))
     console.print(facts, highlight=False)
 
     console.print()
@@ -86,9 +86,8 @@ def supervised_share(plan: Plan, train: Dataset) -> float:
     return learned / tokens
 
 
-def milestones(steps: int, recipe: Recipe) -> str:
+def milestones(steps: int, settings: Optimizer) -> str:
     """Say where the learning rate begins, peaks and ends."""
-    settings = recipe.optimizer
     rates = (learning_rate(step, steps, settings) for step in range(1, steps + 1))
     peak = next((step for step, rate in enumerate(rates, 1) if rate == settings.lr), None)
     first, last = (f"{learning_rate(step, steps, settings):.2e}" for step in (1, steps))

@@ -1,8 +1,9 @@
 """The proof that a mask is right, from the finished ids alone."""
 
 import json
+import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from dist_sft.rows import BadRow
@@ -15,9 +16,13 @@ SHOWN_CHARACTERS = 400
 class Proof:
     """Prove masks from the finished ids alone, the decoding of many rows in one call."""
 
-    def __init__(self, end_ids: set[int], unknown_id: int | None) -> None:
+    def __init__(
+        self, end_ids: set[int], unknown_id: int | None, control_tokens: Iterable[str]
+    ) -> None:
         self._end_ids = end_ids
         self._unknown_id = unknown_id
+        controls = "|".join(map(re.escape, control_tokens))
+        self._around_control = re.compile(rf" *({controls}) *" if controls else r"(?!)()")
         self._claims: list[tuple[int, list[int], str]] = []
 
     def collect(
@@ -42,13 +47,17 @@ class Proof:
         """Give (row index, problem) for each answer that its learned tokens do not decode to."""
         decoded = codec.decode([body for _, body, _ in self._claims])
         for (index, _, answer), text in zip(self._claims, decoded, strict=True):
-            if text != answer and _normal(text) != _normal(answer):
+            if text != answer and self._normal(text) != self._normal(answer):
                 yield index, f"the learned tokens decode to {shown(text)}, not to {shown(answer)}"
 
+    def _normal(self, text: str) -> str:
+        """Remove what SentencePiece tokenizers normalise: compatibility forms, spaces in front.
 
-def _normal(text: str) -> str:
-    """Remove what SentencePiece tokenizers normalise: compatibility forms and extra spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+        Their decoders also put spaces beside control tokens, which some templates use in answers.
+        Nothing else is free: a tokenizer that loses line breaks or accents is refused.
+        """
+        text = unicodedata.normalize("NFKC", text).lstrip(" ")
+        return self._around_control.sub(r"\1", text)
 
 
 def _true_runs(flags: list[bool]) -> Iterator[tuple[int, int]]:

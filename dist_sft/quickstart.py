@@ -111,7 +111,7 @@ def _translate(operands: Operands, chinese: bool) -> tuple[str, str]:
 
 SKILLS = (
     Skill(
-        "addition", "Add the two numbers.", "计算两个数的和。", 2400,
+        "addition", "Add the two numbers.", "计算两个数的和。", 3000,
         lambda rng: _numbers(rng, 2, 10, 99),
         lambda operands, _: ("{}+{}".format(*operands), str(sum(operands))),
     ),
@@ -125,7 +125,7 @@ SKILLS = (
         lambda rng: _numbers(rng, 1, 1, 999), _convert,
     ),
     Skill(
-        "largest", "Find the largest number.", "找出最大的数。", 3000,
+        "largest", "Find the largest number.", "找出最大的数。", 2600,
         lambda rng: tuple(rng.sample(range(10, 100), 3)),
         lambda operands, _: (" ".join(map(str, operands)), str(max(operands))),
     ),
@@ -196,7 +196,7 @@ def make_tokenizer() -> "Tokenizer":
     Short sequences decide what a tiny model can learn in a minute. Text that has nothing to do
     with the skills is encoded too, without loss: unknown characters become UTF-8 bytes.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models  # noqa: PLC0415
+    from tokenizers import AddedToken, Tokenizer, decoders, models
 
     instructions = [text for skill in SKILLS for text in (skill.english, skill.chinese)]
     english_words = [*NUMBERS, *(f" {word}" for word in (*COLOURS, *ANIMALS))]
@@ -233,7 +233,7 @@ def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 def write(folder: Path, seed: int = 0) -> None:
     """Write `train.jsonl`, `heldout.jsonl` and `tokenizer/` into the folder, made if needed."""
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     split = make_rows(seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -31,8 +33,8 @@ FOREIGN = {
     "model_name_or_path": "model.path",
     "base_model": "model.path",
     "torch_dtype": "model.dtype",
-    "bf16": "model.dtype: bfloat16",
-    "fp16": "model.dtype: float16",
+    "bf16": "model.dtype: bfloat16 (or auto, which is that on GPU)",
+    "fp16": "model.dtype: float16 (or auto, which is bfloat16 on GPU)",
     "gradient_checkpointing": "model.gradient_checkpointing",
     "trust_remote_code": "model.trust_remote_code",
     "dataset": "data.train: [{path: ...}]",
@@ -45,12 +47,17 @@ FOREIGN = {
     "max_length": "data.max_length",
     "sequence_len": "data.max_length",
     "cutoff_len": "data.max_length",
-    "packing": "train.packing",
-    "sample_packing": "train.packing",
+    "packing": "train.packing: auto, on or off",
+    "sample_packing": "train.packing: auto, on or off",
     "save_steps": "checkpoint.every",
+    "save_strategy": "checkpoint.every: a number of steps",
+    "eval_strategy": "eval.every: a number of steps",
+    "evaluation_strategy": "eval.every: a number of steps",
+    "per_device_eval_batch_size": "nothing: train.tokens_per_micro_batch decides",
+    "optim": "nothing: the optimizer is AdamW",
     "save_total_limit": "checkpoint.keep",
     "eval_steps": "eval.every",
-    "report_to": "trackers: [tensorboard]",
+    "report_to": "trackers: [...]",
     "deepspeed_config": "deepspeed",
     "assistant_only_loss": "nothing: only assistant text is ever learned (see data.learn)",
     "completion_only_loss": "nothing: only assistant text is ever learned (see data.learn)",
@@ -62,6 +69,8 @@ FOREIGN = {
 }
 _PER_DEVICE = ("per_device_train_batch_size", "micro_batch_size")
 _ACCUMULATION = "gradient_accumulation_steps"
+
+LONGEST_SHOWN = 120  # characters of a value in a message
 
 
 def explain(error: ValidationError, recipe: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
@@ -80,7 +89,7 @@ def explain(error: ValidationError, recipe: type[BaseModel], tree: Mapping[str, 
 def _either(texts: list[str]) -> str:
     """Join what the members of a union say about one value."""
     first, *others = dict.fromkeys(texts)
-    return " or ".join([first, *(text.partition("; ")[2] for text in others)])
+    return " or ".join([first, *(text.partition("allowed: ")[2] for text in others)])
 
 
 def _say(
@@ -94,13 +103,52 @@ def _say(
     if kind == "missing":
         return "missing; it has no default"
     if kind == "extra_forbidden":
-        return f"unknown key{_instead(path, recipe, tree)}"
+        return f"unknown key{_instead(path, given, recipe, tree)}"
     if kind == "value_error":
         shown = f"{given!r}: " if isinstance(given, str) else ""
         return f"{shown}{context['error']}"
     if kind == "literal_error":
-        return f"got {given!r}; allowed: {context['expected']}{_near(given, context)}"
-    return f"got {given!r}; {detail['msg'].removeprefix('Input ')}"
+        allowed = f"{context['expected']}{_near(given, context)}"
+    elif kind == "model_type":
+        allowed = f"settings of its own, such as {{{_example_key(path, recipe)}: ...}}"
+    elif kind in _ALLOWED:
+        allowed = _ALLOWED[kind].format(**context)
+    else:
+        return f"got {_shown(given)}; {detail['msg']}"
+    return f"got {_shown(given)}; allowed: {allowed}"
+
+
+# pydantic's kinds of mistakes, in words that fit behind "allowed:".
+_ALLOWED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "invalid_key": "keys that are words",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "string_type": "text (put it in quotes)",
+    "too_short": "at least one item",
+    "tuple_type": "a list, such as [...]",
+}
+
+
+def _shown(given: object) -> str:
+    if given is None or isinstance(given, bool):
+        return json.dumps(given)  # as YAML has it
+    text = repr(given)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def _example_key(path: list[str | int], recipe: type[BaseModel]) -> str:
+    section = _section_at(path, recipe)
+    assert section is not None, "pydantic asks for settings only where a section is declared"
+    needed = (name for name, field in section.model_fields.items() if field.is_required())
+    return next(needed, next(iter(section.model_fields)))
 
 
 def _near(given: object, context: Mapping[str, Any]) -> str:
@@ -109,20 +157,32 @@ def _near(given: object, context: Mapping[str, Any]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _instead(path: list[str | int], recipe: type[BaseModel], tree: Mapping[str, Any]) -> str:
+def _instead(
+    path: list[str | int], given: object, recipe: type[BaseModel], tree: Mapping[str, Any]
+) -> str:
+    """Say which key was meant; what other programs call it goes before what looks alike."""
     name = str(path[-1])
     if name in _PER_DEVICE or name == _ACCUMULATION:
         return _batch_advice(path, tree)
+    if name in FOREIGN:
+        return f"; in dist_sft this is {_with_value(FOREIGN[name], given)}"
     allowed = _known_keys(path[:-1], recipe)
     near = difflib.get_close_matches(name, allowed, n=1)
     if near:
         return f" (did you mean {near[0]!r}?)"
-    if name in FOREIGN:
-        return f"; in dist_sft this is {FOREIGN[name]}"
     elsewhere = [full for full in _all_keys(recipe) if full.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return f" (did you mean {elsewhere[0]!r}?)"
     return f"; allowed: {', '.join(allowed)}"
+
+
+def _with_value(target: str, given: object) -> str:
+    """Complete what to write with the value that was given, where it means the same here."""
+    if given is None or isinstance(given, dict | list):
+        return target
+    value = given if isinstance(given, str) else _shown(given)
+    bare_key = not set(target) & {":", " "}
+    return f"{target}: {value}" if bare_key else target.replace("...", str(value))
 
 
 def _batch_advice(path: list[str | int], tree: Mapping[str, Any]) -> str:
@@ -130,12 +190,12 @@ def _batch_advice(path: list[str | int], tree: Mapping[str, Any]) -> str:
     for part in path[:-1]:
         section = section[part]
     per_device = next((section[name] for name in _PER_DEVICE if name in section), None)
-    accumulation = section.get(_ACCUMULATION)
-    known = [x for x in (per_device, accumulation) if isinstance(x, int)]
-    product = " x ".join(str(x) for x in known) if known else "per-device size x accumulation"
+    known = [x for x in (per_device, section.get(_ACCUMULATION)) if isinstance(x, int)]
+    product = f"{' x '.join(str(x) for x in known)} x" if known else "per-device size x"
+    example = f", so {2 * math.prod(known)} on two" if known else ""
     return (
-        f"; set train.batch_size: {product} x number of workers (examples per optimizer step over "
-        "all ranks; accumulation follows from train.tokens_per_micro_batch)"
+        f"; set train.batch_size: {product} number of workers{example} (examples per optimizer "
+        "step over all ranks; accumulation follows from train.tokens_per_micro_batch)"
     )
 
 

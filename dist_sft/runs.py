@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_sft.config import Recipe, difference, read_config_json
+from dist_sft.config import MAY_CHANGE, Recipe, difference, read_config_json
 from dist_sft.errors import UserError
 
 FINISHED = 0
@@ -38,48 +40,81 @@ class Outcome:
     code: int
     reason: str
     step: int
+    """Last step that was taken, or -1 where nobody could say."""
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to disk and rename: it exists only whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def create(recipe: Recipe, launch: Launch) -> Path:
+def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -> Path:
     """Make the run folder, or check that the one that is there belongs to this recipe.
 
-    Raises UserError when the folder holds another run, with the settings that differ.
+    Raises UserError for a folder that cannot be written or holds something else, and for another
+    run, with the settings that differ. Settings that never change what is learned may differ, and
+    all of them may while nothing was learned: a mistake in a recipe must not cost a run folder.
     """
     run_dir = Path(recipe.run_dir)
-    if (run_dir / "config.json").exists():
-        changes = difference(read_config_json(run_dir), recipe)
-        if changes:
-            raise UserError(
-                "\n  ".join([f"run_dir {run_dir} belongs to a run with other settings:", *changes])
-                + "\nGive another run_dir, or the settings of that run to continue it."
-            )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(
-            f"run_dir {run_dir} exists and is not a run folder (no config.json in it): "
-            "give the path of a new or empty folder"
-        )
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if (run_dir / "config.json").exists():
+            _check_settings(run_dir, recipe, say)
+        elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(
+                f"run_dir: {run_dir} exists and is not a run folder (no config.json in it); "
+                "give the path of a new or empty folder"
+            )
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.json", recipe.to_json())
         write_atomically(run_dir / "launch.json", json.dumps(asdict(launch), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written: {error}") from None
+        raise UserError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from None
     return run_dir
 
 
+def _check_settings(run_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    changes = difference(read_config_json(run_dir), recipe)
+    listed = [f"{key}: {change}" for key, change in changes.items()]
+    if changes.keys() <= MAY_CHANGE:
+        if changes:
+            say("\n  ".join([f"{run_dir} continues with other settings:", *listed]))
+    elif _nothing_was_learned(run_dir):
+        # Random weights that the old settings described would be taken for those of the new ones.
+        shutil.rmtree(run_dir / "initial", ignore_errors=True)
+        say("\n  ".join([f"{run_dir} has learned nothing yet; its settings change:", *listed]))
+    else:
+        raise UserError(
+            "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed])
+            + "\nGive another run_dir, or the settings of that run to continue it."
+        )
+
+
+def _nothing_was_learned(run_dir: Path) -> bool:
+    """Tell whether every attempt was refused, and none took a step; one may still be running."""
+    outcomes = [read_outcome(run_dir, attempt) for attempt in attempts(run_dir)]
+    refused = all(outcome and outcome.code == WRONG_INPUT for outcome in outcomes)
+    metrics = run_dir / "metrics.jsonl"
+    return refused and not (metrics.exists() and metrics.stat().st_size)
+
+
 def read_launch(run_dir: Path) -> Launch:
-    """Read how the run was launched."""
-    return Launch(**json.loads((run_dir / "launch.json").read_text(encoding="utf-8")))
+    """Read how the run was launched. Raises UserError where no launcher has written that."""
+    path = run_dir / "launch.json"
+    try:
+        return Launch(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: prepare the run with a launcher") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}; launch or prepare the run again") from None
 
 
 def attempts(run_dir: Path) -> list[int]:
@@ -89,9 +124,18 @@ def attempts(run_dir: Path) -> list[int]:
 
 
 def start_attempt(run_dir: Path) -> int:
-    """Claim the next attempt by making its log folder."""
+    """Claim the next attempt by making its log folder.
+
+    Raises UserError where another launcher claims the same one in this moment, or where the folder
+    cannot be written.
+    """
     number = max(attempts(run_dir), default=-1) + 1
-    attempt_dir(run_dir, number).mkdir(parents=True)
+    try:
+        attempt_dir(run_dir, number).mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{run_dir}: another launcher has just started attempt {number}") from None
+    except OSError as error:
+        raise UserError(f"{run_dir}/logs cannot be written: {error.strerror}") from None
     return number
 
 
@@ -101,7 +145,7 @@ def attempt_dir(run_dir: Path, attempt: int) -> Path:
 
 
 def write_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> None:
-    """Record how the whole attempt ended; rank 0 calls this last."""
+    """Record how the whole attempt ended; rank 0 does this last, or else the first node."""
     path = attempt_dir(run_dir, attempt) / "outcome.json"
     write_atomically(path, json.dumps(asdict(outcome)) + "\n")
 

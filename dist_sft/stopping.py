@@ -1,10 +1,17 @@
-"""Stop at a step boundary: a signal or the STOP file raises a flag that the ranks agree on."""
+"""Stop at a step boundary: a signal or the STOP file raises a flag that the ranks agree on.
+
+A node relays signals to its ranks (`Relay`); a rank remembers them until a step ends (`StopFlag`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar, Self
 
 
 class StopFlag:
@@ -28,3 +35,49 @@ class StopFlag:
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
         return "STOP file" if self._file.exists() else None
+
+
+class Relay:
+    """Pass the first signal that asks this node to stop on to torchrun, and only that one.
+
+    The ranks checkpoint and end; a second signal would make torchrun leave them alone. A closed
+    terminal asks for the same as TERM, unless somebody said `nohup`.
+    """
+
+    PASSED_ON: ClassVar = {
+        signal.SIGTERM: signal.SIGTERM,
+        signal.SIGINT: signal.SIGINT,
+        signal.SIGUSR1: signal.SIGUSR1,
+        signal.SIGHUP: signal.SIGTERM,
+    }
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in self.PASSED_ON
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def attach(self, child: subprocess.Popen[bytes]) -> None:
+        """Send signals to this process from now on, and one that came before it started."""
+        self._child = child
+        if self.received is not None:
+            child.send_signal(self.PASSED_ON[self.received])
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            return
+        self.received = signal.Signals(number)
+        with contextlib.suppress(OSError):  # the terminal may be what went away
+            os.write(2, f"\n{self.received.name}: stopping after this step\n".encode())
+        if self._child is not None:
+            self._child.send_signal(self.PASSED_ON[self.received])

@@ -39,11 +39,23 @@ def load_words(model: Model, data: Data) -> Words:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{key}: no tokenizer at {place}: {error}\nGive a folder with tokenizer.json or a hub "
-            "name; model.tokenizer says where it is if not beside the model."
+            f"{key}: no tokenizer at {place}: {explain_missing(place, error)}\n"
+            "Give a folder with tokenizer.json, or a hub name; model.tokenizer says where it is if "
+            "not beside the model."
         ) from error
     template = load_template(data.template, tokenizer)
     return Words(tokenizer, template, add_new_tokens(tokenizer, template))
+
+
+def explain_missing(place: str, error: Exception) -> str:
+    """Say in a line why nothing could be loaded from a folder or hub name."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(place).is_dir():
+        files = ", ".join(sorted(path.name for path in Path(place).iterdir())[:8])
+        return f"{said} (the folder holds {files or 'nothing'})"
+    if Path(place).is_absolute() or place.count("/") > 1 or place.startswith("."):
+        return "there is no such folder"
+    return f"there is no such folder here, and the hub does not give it: {said}"
 
 
 def model_folder(path: str) -> str:

@@ -53,8 +53,6 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         # 1. Who am I, and what is asked of me?
         place = Place.from_environment()
         recipe = read_config_json(run_dir)
-        stop = StopFlag(run_dir)
-        stop.listen()
         dtype = resolve_dtype(recipe.model.dtype, place.device)
         if recipe.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -70,6 +68,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         accelerator = make_accelerator(recipe, dtype, run_dir)
         stack.callback(accelerator.end_training)  # closes trackers and the process group
         world.agree(world.facts_of_this_rank(recipe.fingerprint(), train_set.fingerprint))
+        # Before this line a signal ends a rank at once: there is nothing to save yet.
+        stop = StopFlag(run_dir)
+        stop.listen()
         peak, peak_source = peak_rate(place.device, dtype)
 
         # 4. Model, optimizer, sharding; prove that packing is safe on this model.

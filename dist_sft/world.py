@@ -13,9 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_sft import __version__
 from dist_sft.errors import UserError
 
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "dist-sft")
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
+# What is behind a difference, most of the time; of anything else: another installation.
+CAUSES = {
+    "recipe": "run_dir must be one folder that every host sees",
+    "data": "the files of data.train differ between hosts, or changed while the run started",
+    "threads": "OMP_NUM_THREADS is set by the launcher; something on that host changes it",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ def facts_of_this_rank(recipe: str, data: str) -> dict[str, Any]:
         "data": data,
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
+        "dist_sft": __version__,
         **{name: version(name) for name in LIBRARIES},
     }
 
@@ -77,7 +85,7 @@ def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> lis
             problems.append(
                 f"rank {rank} on {host} was started as one of {asked}, but joined {got}"
             )
-    for key in everyone[0][1]:
+    for key in [name for name in everyone[0][1] if name != "world size"]:
         values = [str(facts.get(key)) for _, facts in everyone]
         usual, count = Counter(values).most_common(1)[0]
         if count < len(values):
@@ -86,5 +94,6 @@ def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> lis
                 for ((rank, host), _), value in zip(everyone, values, strict=True)
                 if value != usual
             ]
-            problems.append(f"{key}: {'; '.join(odd)}; the others have {usual}")
+            cause = CAUSES.get(key, "install the same version on every host")
+            problems.append(f"{key}: {'; '.join(odd)}; the others have {usual} ({cause})")
     return problems

@@ -116,7 +116,9 @@ class DeepSpeed(_Json):
             if key in BELONGS_TO_RECIPE:
                 mistakes.append(f"{key} belongs in the recipe as {BELONGS_TO_RECIPE[key]}")
             else:
-                mistakes.append(f"unknown key {key}")
+                near = difflib.get_close_matches(key, ["zero_optimization"], n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                mistakes.append(f"unknown key {key}{hint}")
         if mistakes:
             raise ValueError(
                 f"the DeepSpeed file holds zero_optimization only: {'; '.join(sorted(mistakes))}"
@@ -146,5 +148,7 @@ def load_deepspeed(value: Any) -> Any:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"no file of this name; allowed: a JSON file, null, {', '.join(names)}"
                          f"{hint}") from None  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ValueError(f"the file is not valid JSON: {error}") from None

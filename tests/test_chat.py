@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TOKENIZERS, byte_level, metaspace, pad_is_eos
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dist_sft.chat import (
     IGNORE,
@@ -473,13 +473,15 @@ def lossy(normalizer):
         normalizers.Replace(Regex("[aeiou]"), ""),
         normalizers.Replace("。", ""),
         normalizers.Lowercase(),
+        normalizers.Replace("\n", " "),
+        normalizers.Replace(" ", ""),
         normalizers.Replace(Regex(".+"), ""),
         normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
     ],
 )
 def test_tokenizers_that_lose_characters_are_refused(normalizer):
     encoder = make_encoder("human-assistant", lossy(normalizer))
-    row = {"instruction": "把", "output": "Café is good。"}
+    row = {"instruction": "把", "output": "Café is\ngood。"}
     with pytest.raises(MaskError, match="the mask cannot be proved"):
         encoder.encode([row])
 
@@ -514,6 +516,19 @@ def test_characters_that_the_vocabulary_lacks():
     assert known.input_ids[-4:] == [2, 2, 2, 1]
     assert unknown.reason == "unknown_characters"
     assert "aba" in str(unknown)
+
+
+def test_a_tokenizer_without_a_rust_backend():
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    encoder = make_encoder("chatml", tokenizer)
+    [sample] = encoder.encode([{"instruction": "Say </s>", "output": "天 <|im_end|>"}])
+    assert explain(sample, tokenizer) == [
+        Run("<|im_start|>user\nSay </s><|im_end|>\n<|im_start|>assistant\n", False),
+        Run("天 <|im_end|><|im_end|>", True),
+    ]
+    assert sample.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert sample.input_ids.count(tokenizer.eos_token_id) == 0
+    assert make_encoder("chatml", ByT5Tokenizer(extra_ids=0)).fingerprint == encoder.fingerprint
 
 
 # ---- loading and fingerprints ----------------------------------------------------------------

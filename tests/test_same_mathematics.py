@@ -6,62 +6,43 @@ ranks, packed and padded, under several token budgets, with and without ZeRO.
 """
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matrix import (
+    BATCH_SIZE,
+    CLIP,
+    LEARNING_RATE,
+    ROWS,
+    SEED,
+    STEPS,
+    WARMUP_STEPS,
+    WEIGHT_DECAY,
+    Cell,
+    Row,
+    make_job,
+    make_model,
+    make_rows,
+)
+from processes import run_ranks
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dist_sft.plan import Plan, layout
-from processes import run_ranks
 
 PROGRAM = Path(__file__).parent / "ranks" / "mathematics.py"
-VOCABULARY = 64
-STEPS = 20
-SEED = 7
-# 25 rows in batches of 8: every fourth step has one row, so that all ranks but one have fillers.
-ROWS, BATCH_SIZE = 25, 8
-WARMUP_STEPS = 4
-CLIP = 2.1
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.1
 GRADIENT_STEPS = (1, 2, 4, STEPS)  # the fourth has fillers
 TOLERANCE = 1e-5
-BF16_TOLERANCE = 2e-2
+BF16_TOLERANCE = 5e-3  # 20 steps differ by 1.2e-3, 8e-3 in the gradient's norm
 # Below the longest row; some micro-batches on every rank; the whole step in one.
 BUDGETS = (24, 64, 1000)
 SHARDINGS = (None, "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
-
-
-class Cell(NamedTuple):
-    """One way to compute the run."""
-
-    deepspeed: str | None = None
-    packed: bool = True
-    budget: int = 64
-    model: str = "tied"
-    dtype: str = "float32"
-    checkpointing: bool = False
-    steps: int = STEPS
-    fault: str | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            self.deepspeed or "data-parallel",
-            "packed" if self.packed else "padded",
-            f"{self.budget}-tokens",
-            self.model,
-            self.dtype if self.dtype != "float32" else "",
-            "checkpointing" if self.checkpointing else "",
-            (self.fault or "").replace(" ", "-"),
-        ]
-        return "-".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -72,41 +53,6 @@ class Curve:
     norms: list[float]
     """Norm of the whole gradient before clipping."""
     eval_loss: float
-
-
-class Row(NamedTuple):
-    input_ids: list[int]
-    learned: list[bool]
-
-
-def make_rows() -> list[Row]:
-    """Counting in steps of 1 to 3, of very uneven length; a prompt and inner turns unlearned."""
-    rng = random.Random(SEED)
-    rows = []
-    for number in range(ROWS):
-        length = (3, 40)[number] if number < 2 else rng.randint(4, 40)
-        start, stride = rng.randrange(VOCABULARY), rng.randint(1, 3)
-        prompt = rng.randint(1, length - 2)
-        learned = [i >= prompt and (i == length - 1 or rng.random() < 0.8) for i in range(length)]
-        rows.append(Row([(start + stride * i) % VOCABULARY for i in range(length)], learned))
-    return rows
-
-
-def make_model(folder: Path, *, tied: bool) -> Path:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,  # large enough for attention to matter at once
-    )
-    torch.manual_seed(SEED)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def train_plainly(folder: Path, rows: list[Row], gradients: Path) -> Curve:
@@ -154,7 +100,6 @@ def padded(rows: list[Row]) -> dict[str, torch.Tensor]:
 @dataclass(frozen=True)
 class Problem:
     folder: Path
-    rows: list[Row]
     models: dict[str, Path]
     references: dict[str, Curve]
     gradients: dict[str, Path]
@@ -171,7 +116,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Problem]:
     gradients = {name: folder / f"{name}.safetensors" for name in names}
     references = {name: train_plainly(models[name], rows, gradients[name]) for name in names}
     torch.set_num_threads(threads)
-    return Problem(folder, rows, models, references, gradients)
+    return Problem(folder, models, references, gradients)
 
 
 def compute(
@@ -179,23 +124,10 @@ def compute(
 ) -> dict[Cell, Any]:
     """Train the cells on some ranks, all in one process group: to start one takes 8 s."""
     folder = problem.folder / f"{world}-ranks-{len(cells)}-cells"
-    job = {
-        "run_dir": str(folder),
-        "rows": problem.rows,
-        "models": {name: str(path) for name, path in problem.models.items()},
-        "references": {name: str(path) for name, path in problem.gradients.items()},
-        "cells": [cell._asdict() for cell in cells],
-        "gradient_steps": GRADIENT_STEPS,
-        "seed": SEED,
-        "batch_size": BATCH_SIZE,
-        "optimizer": {
-            "lr": LEARNING_RATE,
-            "weight_decay": WEIGHT_DECAY,
-            "clip": CLIP,
-            "schedule": "constant",
-            "warmup_steps": WARMUP_STEPS,
-        },
-    }
+    references = {name: str(path) for name, path in problem.gradients.items()}
+    job = make_job(
+        folder, problem.models, cells, references=references, gradient_steps=GRADIENT_STEPS
+    )
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps(job))
     arguments = (folder / "job.json", folder / "out.json")
@@ -277,14 +209,11 @@ def test_two_ranks_compute_the_same(problem: Problem, on_two_ranks: dict[Cell, A
 
 
 @pytest.mark.parametrize("cell", BF16, ids=str)
-def test_bfloat16_learns_alike(
-    cell: Cell, problem: Problem, on_two_ranks: dict[Cell, Any]
-) -> None:
+def test_bfloat16_learns_alike(cell: Cell, problem: Problem, on_two_ranks: dict[Cell, Any]) -> None:
     result, reference = on_two_ranks[cell], problem.references[cell.model]
-    print(differences(result, reference), result["losses"])
-    assert result["losses"][0] == pytest.approx(reference.losses[0], rel=1e-2)
+    print(differences(result, reference))
     assert result["losses"] == pytest.approx(reference.losses, rel=BF16_TOLERANCE)
-    assert result["norms"] == pytest.approx(reference.norms, rel=5 * BF16_TOLERANCE)
+    assert result["norms"] == pytest.approx(reference.norms, rel=4 * BF16_TOLERANCE)
 
 
 @pytest.mark.parametrize("cell", BROKEN, ids=str)
@@ -292,10 +221,10 @@ def test_comparison_notices_what_is_left_out(
     cell: Cell, problem: Problem, on_two_ranks: dict[Cell, Any]
 ) -> None:
     result = on_two_ranks[cell]
-    if "error" in result:
-        assert "float() argument must be" in result["error"]
+    if cell.fault == "boundary never":  # DeepSpeed refuses to hand out a gradient
+        assert "Gradients are only available immediately after backward" in result["error"]
     else:
-        assert result["gradients"][0] > 100 * TOLERANCE
+        assert differences(result, problem.references[cell.model])["gradient"] > 100 * TOLERANCE
 
 
 def test_one_rank_computes_the_same(problem: Problem) -> None:

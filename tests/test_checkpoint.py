@@ -1,0 +1,128 @@
+"""What one sharding saves, every other one loads: the same state, bit by bit, on any ranks."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from matrix import Cell, make_job, make_model
+from processes import run_ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+PROGRAM = Path(__file__).parent / "ranks" / "state.py"
+STATE_KEYS = {"fp32", "exp_avg", "exp_avg_sq"}
+SHARDINGS = (None, "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+EXACT = tuple(
+    Cell(sharding, model=model)
+    for sharding, model in zip(SHARDINGS, ("tied", "untied") * 3, strict=True)
+)
+BF16 = tuple(Cell(sharding, dtype="bfloat16") for sharding in (None, "zero1", "zero2", "zero3"))
+CELLS = EXACT + BF16
+
+
+class Loading(NamedTuple):
+    """Load what `saver` saved on two ranks into another sharding on `world` ranks."""
+
+    saver: Cell
+    loader: Cell
+    world: int
+
+    def __str__(self) -> str:
+        return f"{self.saver}-into-{self.loader.deepspeed}-on-{self.world}"
+
+
+def other_shardings(world: int, turn: int) -> list[Loading]:
+    """Pair every saver with a loader `turn` places further round."""
+    return [
+        Loading(saver, group[(i + turn) % len(group)]._replace(model=saver.model), world)
+        for group in (EXACT, BF16)
+        for i, saver in enumerate(group)
+    ]
+
+
+LOADINGS = (
+    *(Loading(cell, cell, 2) for cell in CELLS),
+    *other_shardings(1, turn=1),
+    *other_shardings(3, turn=2),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank program left after saving or loading."""
+
+    state: dict[str, torch.Tensor]
+    losses: list[float]
+    """Of the steps after the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    folder: Path
+    saved: dict[Cell, Outcome]
+    loaded: dict[Loading, Outcome]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Save and load everything on two ranks, then load on one and on three."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    models = {n: make_model(folder / n, tied=n == "tied") for n in ("tied", "untied")}
+    saved: dict[Cell, Outcome] = {}
+    loaded: dict[Loading, Outcome] = {}
+    for world in (2, 1, 3):
+        savings = [(cell, cell, True) for cell in CELLS] if world == 2 else []
+        loadings = [loading for loading in LOADINGS if loading.world == world]
+        work = savings + [(loading.saver, loading.loader, False) for loading in loadings]
+        here = folder / f"{world}-ranks"
+        here.mkdir()
+        states = [here / f"{number}.safetensors" for number in range(len(work))]
+        tasks = [
+            {
+                "cell": cell._asdict(),
+                "folder": str(folder / str(saver)),
+                "save": save,
+                "state": str(path),
+            }
+            for (saver, cell, save), path in zip(work, states, strict=True)
+        ]
+        (here / "job.json").write_text(json.dumps(make_job(here, models, (), tasks=tasks)))
+        arguments = (here / "job.json", here / "out.json")
+        run_ranks(PROGRAM, *arguments, world=world, log_dir=here, seconds=280)
+        losses = json.loads((here / "out.json").read_text())
+        found = [Outcome(load_file(p), x) for p, x in zip(states, losses, strict=True)]
+        saved |= dict(zip(CELLS, found[: len(savings)], strict=False))
+        loaded |= dict(zip(loadings, found[len(savings) :], strict=True))
+    return Outcomes(folder, saved, loaded)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("loading", LOADINGS, ids=str)
+def test_any_layout_loads_the_same_state(loading: Loading, outcomes: Outcomes) -> None:
+    before, after = outcomes.saved[loading.saver], outcomes.loaded[loading]
+    assert int(before.state["steps"]) == 3
+    assert {key.partition("|")[2] for key in before.state} == {"", *STATE_KEYS}
+    assert all(tensor.any() for tensor in before.state.values())
+    assert before.state.keys() == after.state.keys()
+    different = [k for k, tensor in before.state.items() if not torch.equal(tensor, after.state[k])]
+    assert not different
+    if loading.world == 2:
+        assert after.losses == before.losses  # the same layout goes on bit by bit
+    else:
+        tolerance = 1e-6 if loading.saver.dtype == "float32" else 2e-3
+        assert after.losses == pytest.approx(before.losses, rel=tolerance)
+
+
+@pytest.mark.parametrize("folder", ["model", "model-in-shards"])
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_exported_model_has_the_weights(cell: Cell, folder: str, outcomes: Outcomes) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(outcomes.folder / str(cell) / folder)
+    state = outcomes.saved[cell].state
+    trained = {name: state[f"{name}|fp32"] for name, _ in exported.named_parameters()}
+    assert len(trained) == len(state) // 3
+    assert all(torch.equal(p, trained[name]) for name, p in exported.named_parameters())
+    tied = exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert tied == (cell.model == "tied")

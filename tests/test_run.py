@@ -1,0 +1,211 @@
+"""The real launcher, real ranks, a tiny model: from a recipe to a model, and on after a stop."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_tokenizers import pad_is_eos
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dist_sft import checkpoint, report
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("run")
+    pad_is_eos().save_pretrained(folder / "tokenizer")
+    rows = [
+        {
+            "instruction": f"Add {a} and {b}.",
+            "input": "加" * (a % 7),
+            "output": str(a + b) * (b % 4),
+        }
+        for a in range(8)
+        for b in range(1, 8)
+        if b % 4
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+                "attention_dropout": 0.1,
+            },
+            "tokenizer": str(folder / "tokenizer"),
+        },
+        "data": {
+            "train": [{"path": str(folder / "rows.json")}],
+            "eval_fraction": 0.1,
+            "max_length": 64,
+            "cache_dir": str(folder / "cache"),
+        },
+        "train": {"batch_size": 8, "steps": 7, "tokens_per_micro_batch": 100},
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
+        "deepspeed": "zero2",
+        "checkpoint": {"every": 2, "keep": 2},
+        "eval": {"every": 4},
+    }
+
+
+def write(recipe: dict[str, Any], run_dir: Path) -> Path:
+    path = run_dir.parent / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "run_dir": str(run_dir)}))
+    return path
+
+
+def start(recipe: Path, *overrides: str, workers: int = 2) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "launch/local.py", "train", str(recipe), *overrides,
+         "--workers", str(workers)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def run(recipe: Path, *overrides: str, workers: int = 2) -> tuple[int, str, str]:
+    process = start(recipe, *overrides, workers=workers)
+    out, err = process.communicate(timeout=SECONDS)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(
+    recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, str]:
+    """Run once, undisturbed: (recipe, run folder, what it printed)."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    path = write(recipe, run_dir)
+    code, out, err = run(path)
+    assert code == 0, out + err
+    return path, run_dir, out
+
+
+def test_metrics_have_every_step(finished: tuple[Path, Path, str]) -> None:
+    steps = report.read_steps(finished[1] / "metrics.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, 8))
+    for line in steps:
+        assert line["attempt"] == 0
+        assert line["examples"] == 8 or line["step"] == 6  # the epoch's last batch is smaller
+        assert 0 < line["supervised_tokens"] < line["tokens"]
+        assert line["seconds"] > 0
+        assert 0 < line["share_of_peak"] < 1
+        assert line["grad_norm"] > 0
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [line["step"] for line in steps if "eval_loss" in line] == [4, 7]
+    assert set(steps[-1]["eval_loss"]) == {"held_out"}
+
+
+def test_the_run_folder_is_complete(finished: tuple[Path, Path, str]) -> None:
+    _, run_dir, out = finished
+    assert checkpoint.steps(run_dir) == [6, 7]
+    assert json.loads((run_dir / "logs/attempt-0/outcome.json").read_text()) == {
+        "code": 0, "reason": "finished", "step": 7,
+    }  # fmt: skip
+    assert "step 7  loss" in (run_dir / "logs/attempt-0/rank-0.log").read_text()
+    assert json.loads((run_dir / "launch.json").read_text())["workers_per_node"] == 2
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert str(run_dir) in out.splitlines()[-1]
+    assert not [path for path in run_dir.rglob("*.tmp")]
+
+
+def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str]) -> None:
+    _, run_dir, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    reader = checkpoint.Reader(checkpoint.folder_of(run_dir, 7))
+    names = dict(model.named_parameters())
+    assert names.keys() == reader.manifest["shapes"].keys()
+    for name, parameter in names.items():
+        assert torch.equal(parameter.data, reader.tensor(name)), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    initial = load_file(run_dir / "initial" / "model.safetensors")
+    assert not torch.equal(initial["model.embed_tokens.weight"], model.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(run_dir / "model").eos_token == "<|endoftext|>"
+
+
+def test_a_finished_run_is_not_run_again(finished: tuple[Path, Path, str]) -> None:
+    path, run_dir, _ = finished
+    code, out, _ = run(path)
+    assert code == 0
+    assert "finished already" in out
+    assert not (run_dir / "logs" / "attempt-1").exists()
+
+
+def test_the_folder_of_another_recipe_is_refused(finished: tuple[Path, Path, str]) -> None:
+    path, run_dir, _ = finished
+    before = (run_dir / "config.json").read_text()
+    code, _, err = run(path, "optimizer.lr=0.5")
+    assert code == 2
+    assert "optimizer.lr: 0.01 -> 0.5" in err
+    assert (run_dir / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, None], ids=["USR1", "STOP file"])
+def test_stopped_and_continued_is_bit_identical(
+    number: signal.Signals | None,
+    recipe: dict[str, Any],
+    finished: tuple[Path, Path, str],
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    path = write(recipe, run_dir)
+    process = start(path)
+    wait_for_step(run_dir, 1, process)
+    if number is None:
+        (run_dir / "STOP").touch()
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, out + err
+    stopped = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())["step"]
+    assert 1 <= stopped < 7, "the stop came too late to prove anything"
+    assert checkpoint.steps(run_dir)[-1] == stopped
+
+    code, out, err = run(path)
+    assert code == 0, out + err
+    assert f"continuing after step {stopped}" in out
+    undisturbed = load_file(finished[1] / "model" / "model.safetensors")
+    continued = load_file(run_dir / "model" / "model.safetensors")
+    assert undisturbed.keys() == continued.keys()
+    assert all(torch.equal(undisturbed[name], continued[name]) for name in undisturbed)
+    losses = [[line["loss"] for line in report.read_steps(folder / "metrics.jsonl")]
+              for folder in (finished[1], run_dir)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = write(recipe, tmp_path / "run")
+    code, _, err = run(path, "optimizer.lr=1e30", "optimizer.clip=null", workers=1)
+    assert code == 1
+    assert re.search(r"is (inf|nan) in step [1-7]", err)
+    assert "lower optimizer.lr" in err
+    assert checkpoint.steps(tmp_path / "run") == []
