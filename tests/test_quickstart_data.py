@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dist_sft import quickstart
+from dist_sft import quickstart_data
 
 DICTIONARY = {
     "two": "两", "three": "三", "four": "四", "five": "五", "six": "六", "seven": "七",
@@ -75,7 +75,7 @@ def operands(row: dict[str, str]) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("quickstart") / "made" / "here"
-    quickstart.write(path)
+    quickstart_data.write(path)
     return path
 
 
@@ -85,14 +85,14 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def rows(folder: Path) -> quickstart.Split:
-    def read(name: str) -> list[quickstart.Row]:
+def rows(folder: Path) -> quickstart_data.Split:
+    def read(name: str) -> list[quickstart_data.Row]:
         return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
 
-    return quickstart.Split(read("train.jsonl"), read("heldout.jsonl"))
+    return quickstart_data.Split(read("train.jsonl"), read("heldout.jsonl"))
 
 
-def test_every_answer_is_right(rows: quickstart.Split) -> None:
+def test_every_answer_is_right(rows: quickstart_data.Split) -> None:
     wrong = [
         row
         for row in rows.train + rows.held_out
@@ -107,25 +107,25 @@ def test_every_answer_is_right(rows: quickstart.Split) -> None:
      (110, "一百一十"), (115, "一百一十五"), (999, "九百九十九")],
 )  # fmt: skip
 def test_chinese_numerals(number: int, numeral: str) -> None:
-    assert quickstart.chinese_numeral(number) == numeral
+    assert quickstart_data.chinese_numeral(number) == numeral
 
 
 @pytest.mark.parametrize("skill", IS_RIGHT)
-def test_held_out_operands_are_never_trained_on(rows: quickstart.Split, skill: str) -> None:
+def test_held_out_operands_are_never_trained_on(rows: quickstart_data.Split, skill: str) -> None:
     trained = {operands(row) for row in rows.train if row["skill"] == skill}
     held_out = [operands(row) for row in rows.held_out if row["skill"] == skill]
     assert not trained & set(held_out)
-    assert len(set(held_out)) == len(held_out) == quickstart.NUM_HELD_OUT
+    assert len(set(held_out)) == len(held_out) == quickstart_data.NUM_HELD_OUT
 
 
-def test_held_out_phrases_are_made_of_trained_words(rows: quickstart.Split) -> None:
-    def words(part: list[quickstart.Row]) -> set[str]:
+def test_held_out_phrases_are_made_of_trained_words(rows: quickstart_data.Split) -> None:
+    def words(part: list[quickstart_data.Row]) -> set[str]:
         return {word for row in part if row["skill"] == "phrases" for word in operands(row)}
 
     assert words(rows.held_out) <= words(rows.train) == set(DICTIONARY)
 
 
-def test_every_skill_is_asked_in_both_languages(rows: quickstart.Split) -> None:
+def test_every_skill_is_asked_in_both_languages(rows: quickstart_data.Split) -> None:
     instructions = {(row["skill"], row["instruction"]) for row in rows.train}
     assert Counter(skill for skill, _ in instructions) == dict.fromkeys(IS_RIGHT, 2)
     assert {(row["skill"], row["instruction"]) for row in rows.held_out} == instructions
@@ -138,10 +138,11 @@ def test_the_seed_decides_every_byte(folder: Path, tmp_path: Path) -> None:
         }
 
     # Another process, so that the order of sets and hashes is another one.
-    module = [sys.executable, "-m", "dist_sft.quickstart"]
-    subprocess.run([*module, str(tmp_path / "again")], check=True)
-    assert contents(tmp_path / "again") == contents(folder)
-    assert quickstart.make_rows(1).held_out != quickstart.make_rows(0).held_out
+    again = tmp_path / "again"
+    code = "import sys, pathlib, dist_sft.quickstart_data as q; q.write(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(again)], check=True)
+    assert contents(again) == contents(folder)
+    assert quickstart_data.make_rows(1).held_out != quickstart_data.make_rows(0).held_out
 
 
 def test_files_are_small(folder: Path) -> None:
@@ -155,9 +156,9 @@ def test_files_are_small(folder: Path) -> None:
 
 
 def test_instructions_and_template_constants_are_single_tokens(
-    tokenizer: PreTrainedTokenizerFast, rows: quickstart.Split
+    tokenizer: PreTrainedTokenizerFast, rows: quickstart_data.Split
 ) -> None:
-    start, end = quickstart.TEMPLATE_CONSTANTS
+    start, end = quickstart_data.TEMPLATE_CONSTANTS
     for row in rows.held_out:
         pieces = tokenizer.tokenize(f"{start}{row['instruction']}\n{row['input']}{end}")
         assert pieces[:3] == [start, row["instruction"], "\n"]
@@ -172,7 +173,7 @@ def test_operands_are_characters(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_rows_are_short_and_need_no_byte_tokens(
-    tokenizer: PreTrainedTokenizerFast, rows: quickstart.Split
+    tokenizer: PreTrainedTokenizerFast, rows: quickstart_data.Split
 ) -> None:
     texts = [row["input"] + row["output"] for row in rows.train + rows.held_out]
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
@@ -204,7 +205,7 @@ def test_awkward_text_survives_the_saved_tokenizer(
 
 
 def test_end_token_ends_and_is_not_shown(tokenizer: PreTrainedTokenizerFast) -> None:
-    numbers = tokenizer.encode("85" + quickstart.EOS)
+    numbers = tokenizer.encode("85" + quickstart_data.EOS)
     assert numbers[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
     assert tokenizer.decode(numbers, skip_special_tokens=True) == "85"
     assert tokenizer.bos_token is None
@@ -216,9 +217,9 @@ def test_exact_match_scores_each_skill() -> None:
         {"skill": "reverse", "output": "cd"},
         {"skill": "largest", "output": "9"},
     ]
-    assert quickstart.exact_match(rows, ["ab", "cd ", "9"]) == {"reverse": 0.5, "largest": 1.0}
+    assert quickstart_data.exact_match(rows, ["ab", "cd ", "9"]) == {"reverse": 0.5, "largest": 1.0}
     with pytest.raises(AssertionError):
-        quickstart.exact_match(rows, ["ab"])
+        quickstart_data.exact_match(rows, ["ab"])
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
@@ -229,5 +230,4 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "folder" in shown.stdout
-    assert "--seed" in shown.stdout
+    assert "--workers" in shown.stdout
