@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: quickstart install test test-core test-faults test-clusters lint docs bench clean
+.PHONY: quickstart install test test-core lint docs bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dist_sft.quickstart --workers 2
@@ -36,7 +36,10 @@ models/smollm2-135m: install
 	$(BIN)/python benchmarks/get_smollm2.py $@
 
 bench: install models/smollm2-135m
-	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/train_speed.py --rows $(ROWS)
+
+docs: install
+	$(BIN)/python docs/settings.py > docs/settings.md
 
 clean:
 	rm -rf .venv runs data/quickstart

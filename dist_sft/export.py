@@ -23,6 +23,7 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint / "model", temporary)
+    _set_dtype(temporary / "config.json", dtype)
     shards = _plan_shards(reader.manifest["shapes"], dtype, shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -37,6 +38,13 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def _set_dtype(config_json: Path, dtype: torch.dtype) -> None:
+    """Name the dtype of the exported weights: transformers loads in the one it finds here."""
+    config = json.loads(config_json.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_json.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _plan_shards(

@@ -120,6 +120,7 @@ def test_any_layout_loads_the_same_state(loading: Loading, outcomes: Outcomes) -
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_exported_model_has_the_weights(cell: Cell, folder: str, outcomes: Outcomes) -> None:
     exported = AutoModelForCausalLM.from_pretrained(outcomes.folder / str(cell) / folder)
+    assert exported.dtype == torch.float32  # whatever it was trained in
     state = outcomes.saved[cell].state
     trained = {name: state[f"{name}|fp32"] for name, _ in exported.named_parameters()}
     assert len(trained) == len(state) // 3

@@ -1,0 +1,52 @@
+"""Print docs/settings.md from the recipe's own docstrings: `make docs`."""
+
+import json
+from typing import get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from dist_sft.config import Recipe
+
+HEADER = """# Every setting of a recipe
+
+Made by `make docs` from the docstrings in `dist_sft/config.py` and `dist_sft/zero.py`.
+A setting is written in YAML under its section, or given as `dotted.key=value` on the command line.
+"""
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """Return the settings class inside an annotation, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := section_of(arg))), None)
+
+
+def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return a table row for every setting of a section and of those below it."""
+    lines = []
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        many = inner is not None and "tuple" in str(field.annotation)
+        if inner and inner.__module__ == "dist_sft.config":
+            lines += rows(inner, f"{prefix}{name}.{'N.' if many else ''}")
+            continue
+        default = "required" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
+        text = " ".join((field.description or "").split())
+        lines.append(f"| `{prefix}{name}` | {default} | {text} |")
+    return lines
+
+
+def shown(value: object) -> str:
+    """Return a default as one would write it in YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def page() -> str:
+    """Return the whole page."""
+    table = ["| setting | default | meaning |", "| --- | --- | --- |", *rows(Recipe)]
+    return HEADER + "\n" + "\n".join(table) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
