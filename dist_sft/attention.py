@@ -16,12 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 NAME = "dist_sft_segments"
 WINDOW_PROBE = 64  # proofs do not reach beyond longer windows: their length comes from the mask
@@ -79,12 +74,12 @@ def segment_attention(
 
 
 def window_as_mask(
-    config: PreTrainedConfig, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
+    config: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
 ) -> Tensor | None:
     """Stand in for a mask where transformers builds one: None, or the sliding window's size [].
 
-    So every layer's window is the one that its stock mask has, whatever else the model says, and
-    masks of other shapes are refused on rows too short to show them. Raises UnsupportedAttention.
+    So every layer's window is that of its stock mask, and masks of other shapes are refused on
+    rows too short to show them. Raises UnsupportedAttention.
     """
     if use_vmap or "allow_is_bidirectional_skip" in kwargs:  # transformers' signs of such masks
         raise UnsupportedAttention("a mask that is not simply causal")
@@ -100,15 +95,15 @@ def _per_segment(
 ) -> Tensor:
     grouped = qkv[0].shape[1] != qkv[1].shape[1]
     # Not slices: the gradient of each would be a tensor of zeros as long as the whole row.
-    segments = zip(*(tensor.split(lengths, dim=2) for tensor in qkv), strict=True)
+    segments = zip(*(torch.split_with_sizes(x, lengths, dim=2) for x in qkv), strict=True)
     outputs = []
-    for segment, length in zip(segments, lengths, strict=True):
+    for (q, k, v), length in zip(segments, lengths, strict=True):
         mask = None
         if window is not None and length > window:
             ones = torch.ones(length, length, dtype=torch.bool, device=qkv[0].device)
             mask = ones.tril().triu(1 - window)
         output = F.scaled_dot_product_attention(
-            *segment, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
+            q, k, v, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
@@ -125,20 +120,12 @@ def _on_cuda(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = qkv[0].shape[1] != qkv[1].shape[1]
-    heads = [tensor[0].transpose(0, 1) for tensor in qkv]  # [T, H or G, D]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in qkv)  # [T, H or G, D]
+    where = (bounds, bounds, longest, longest)
     # (left, right) neighbours beside the token itself; -1 is unlimited.
     reach = (-1 if window is None else window - 1, 0)
-    output = varlen_attn(
-        *heads,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=reach,
-        enable_gqa=grouped,
-    )
+    gqa = q.shape[1] != k.shape[1]
+    output = varlen_attn(q, k, v, *where, scale=scaling, window_size=reach, enable_gqa=gqa)
     assert isinstance(output, Tensor)
     return output[None]
 
@@ -176,21 +163,6 @@ def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-@contextlib.contextmanager
-def experts_token_by_token(model: PreTrainedModel) -> Iterator[None]:
-    """Let experts compute every token by itself within a block.
-
-    They usually take all their tokens at once, and how many there are decides how sums round: an
-    example's routing would show in the last bits of its neighbours.
-    """
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
 @dataclass(frozen=True)
 class Proof:
     """Hold whether packing is safe on a model, and the reason if it is not."""
@@ -226,49 +198,51 @@ def _row(vocab_size: int, length: int, seed: int) -> Tensor:
 def prove(model: PreTrainedModel, call: Callable[..., Any], device: torch.device) -> Proof:
     """Prove that packing neither mixes examples nor changes what the model computes on each.
 
-    Isolation is proved in training mode, with gradient checkpointing and dropout as in training;
-    then each segment must equal the stock attention on the segment alone: this finds positions
-    that do not start again, windows and whatever else is left out. `call` runs the model, sharded
-    or not; with ZeRO-3 all ranks must call this together. Not seen by it: rotary embeddings whose
-    scale depends on the longest row of a batch ("dynamic", "longrope"), which padding mixes too.
+    Isolation is proved in training mode, with gradient checkpointing and dropout; then a segment
+    must equal the stock attention on it alone, which finds positions that do not start again and
+    parts left out. `call` runs the model, sharded or not; with ZeRO-3 all ranks call this together.
+    Not seen: rotary embeddings that follow the longest row ("dynamic", "longrope"; padding mixes
+    these too), and unknown features that begin beyond the probe's few tokens.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     lengths = (9, window + 3 if 0 < window <= WINDOW_PROBE else 12)
+    kind = type(model).__name__
+    was_training, experts = model.training, model.get_experts_implementation()
+    stock = model.config._attn_implementation
 
-    def packed(input_ids: Tensor, segments: list[int]) -> Tensor:
+    def packed(ids: Tensor, segments: list[int]) -> Tensor:
         torch.manual_seed(0)  # the same dropout every time
-        inputs = packed_inputs(segments, device)
-        logits: Tensor = call(input_ids=input_ids.to(device), **inputs).logits
+        logits: Tensor = call(input_ids=ids.to(device), **packed_inputs(segments, device)).logits
         return logits
 
-    stock = model.config._attn_implementation
-    was_training = model.training
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices), implementation(model, NAME):
             if model.config._attn_implementation != NAME:
-                return Proof(False, f"{type(model).__name__} has no exchangeable attention")
+                return Proof(False, f"{kind} has no exchangeable attention")
             model.train()
             proof = isolation(packed, config.vocab_size, lengths)
             if not proof.holds:
-                with experts_token_by_token(model):
-                    proof = isolation(packed, config.vocab_size, lengths)
+                # Experts take their tokens at once, and how many decides how sums round: routing
+                # of one example shows in its neighbours' last bits, but not token by token.
+                model.set_experts_implementation("batched_mm")
+                proof = isolation(packed, config.vocab_size, lengths)
             if not proof.holds:
                 return proof
             model.eval()
-            rows = [_row(config.vocab_size, length, seed=length) for length in lengths]
-            ours = packed(torch.cat(rows, dim=1), list(lengths))
+            first, second = (_row(config.vocab_size, length, seed=length) for length in lengths)
+            ours = packed(torch.cat([first, second], dim=1), list(lengths))[:, lengths[0] :]
             with implementation(model, stock):
-                alone = [call(input_ids=row.to(device), use_cache=False).logits for row in rows]
-    except Exception as error:
-        kind = "" if isinstance(error, UnsupportedAttention) else f"{type(error).__name__}: "
-        return Proof(False, f"{type(model).__name__} cannot be packed: {kind}{error}")
+                theirs = call(input_ids=second.to(device), use_cache=False).logits.float()
+    except UnsupportedAttention as error:
+        return Proof(False, f"{kind} cannot be packed: {error}")
+    except Exception as error:  # whatever a model says to inputs it was not made for
+        return Proof(False, f"{kind} cannot be packed: {type(error).__name__}: {error}")
     finally:
+        model.set_experts_implementation(experts)
         model.train(was_training)
-    theirs = torch.cat(alone, dim=1).float()
     difference = (ours.float() - theirs).abs().max() / theirs.abs().max()
-    tolerance = 1e-4 if ours.dtype == torch.float32 else 5e-2
-    if not difference <= tolerance:  # NaN is not
-        return Proof(False, f"packed logits differ from those of rows alone by {difference:.3g}")
-    return proof
+    if difference <= (1e-4 if ours.dtype == torch.float32 else 5e-2):  # NaN is not
+        return proof
+    return Proof(False, f"packed logits differ from those of rows alone by {difference:.3g}")

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console as RichConsole
@@ -49,6 +50,8 @@ class Console:
         self._terminal = terminal
         self._bar: Progress | None = None
         self._last_line = 0.0
+        self._total = 0
+        self._warm: tuple[float, int] | None = None  # when the first step ended, and its number
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -58,6 +61,7 @@ class Console:
 
     def start(self, total_steps: int, done: int) -> None:
         """Begin to show progress."""
+        self._total = total_steps
         if self._terminal is None or not self._terminal.is_terminal:
             return
         self._bar = Progress(
@@ -68,6 +72,8 @@ class Console:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self._terminal,
             speed_estimate_period=120,
+            redirect_stdout=False,  # what is printed belongs in the log, and is redirected there
+            redirect_stderr=False,
         )
         self._bar.add_task("", total=total_steps, completed=done)
         self._bar.start()
@@ -77,12 +83,21 @@ class Console:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         now = time.monotonic()
+        self._warm = self._warm or (now, step)
         if important or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            line = f"step {step}  {text}"
+            line = f"step {step}/{self._total}  {text}{self._eta(now, step)}"
             print(line, flush=True)
             if self._terminal is not None and self._bar is None:
                 self._terminal.print(line, markup=False)
+
+    def _eta(self, now: float, step: int) -> str:
+        """Foretell the time left from the steps so far, but for the first, which warms up."""
+        began, first = self._warm or (now, step)
+        if step == first or step == self._total:
+            return ""
+        seconds = (now - began) / (step - first) * (self._total - step)
+        return f"  ETA {timedelta(seconds=round(seconds))}"
 
     def close(self) -> None:
         """Take the progress bar down."""

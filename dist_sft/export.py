@@ -25,7 +25,7 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
     shutil.copytree(checkpoint / "model", temporary)
     _set_dtype(temporary / "config.json", dtype)
     shards = _plan_shards(reader.manifest["shapes"], dtype, shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:

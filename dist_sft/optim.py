@@ -41,7 +41,7 @@ def learning_rate(step: int, total_steps: int, settings: Optimizer) -> float:
 
     Linear warm-up to `lr`, which the last warm-up step reaches; then constant, linear or cosine
     (Loshchilov and Hutter, 2017, arXiv:1608.03983, equation 5, one cycle) towards
-    `lr * min_lr_ratio`, which the step after the last would reach: no step is wasted on a rate of 0.
+    `lr * min_lr_ratio`, which the step after the last would reach, so that no step has a rate of 0.
     """
     warmup = settings.warmup_steps
     if warmup is None:

@@ -280,7 +280,7 @@ class Summary:
     """Steps that the last four figures come from: all of them, or that many at equal distances."""
 
 
-def summarize(  # noqa: PLR0913
+def summarize(
     plan: Plan,
     lengths: NDArray[np.integer],
     world: int,

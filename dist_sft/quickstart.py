@@ -26,11 +26,13 @@ def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -
     """Answer rows with a model, greedily."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from dist_sft.chat import Encoder, parse
     from dist_sft.decode import greedy
     from dist_sft.tokenizer import load_words
 
+    logging.disable_progress_bar()
     words = load_words(recipe.model, recipe.data)
     encoder = Encoder(words.template, words.tokenizer, max_length=None, overlong="error")
     prompts = [encoder.prompt(parse(row)) for row in rows]
@@ -48,13 +50,18 @@ def show(rows: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequen
         seen[row["skill"]] = seen.get(row["skill"], 0) + 1
         if seen[row["skill"]] <= SHOWN:
             prompt = f"{row['instruction']} {row['input']}"
-            answers.add_row(prompt, ascii(old)[1:17], new, row["output"])
+            answers.add_row(prompt, printable(old), new, row["output"])
     console.print(answers)
     scores = Table("skill", "before", "after", title="exact match on held-out prompts")
     old_scores, new_scores = (quickstart_data.exact_match(rows, a) for a in (before, after))
     for skill, score in new_scores.items():
         scores.add_row(skill, f"{old_scores[skill]:.0%}", f"{score:.0%}")
     console.print(scores)
+
+
+def printable(text: str) -> str:
+    """Replace what no terminal can show: a model with random weights says anything."""
+    return "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,9 +63,12 @@ def token_loss(engine: Engine, batch: Batch) -> Tensor:
     """Return the sum of the token losses of a micro-batch; the head runs on its targets only.
 
     A filler has no targets: its loss is 0 and so is every gradient, but every parameter gets one.
+    Auxiliary losses of a mixture of experts are not part of it, `output_router_logits` or not.
     """
     output = engine(**batch.inputs, logits_to_keep=batch.keep)
     logits: Tensor = output.logits  # [K, V]
+    if logits.dim() == 3:  # [B, T, V]: xlstm, for one, keeps them all
+        logits = logits[batch.keep]
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 

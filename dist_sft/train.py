@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from dist_sft import attention, checkpoint, data, report, runs, world
 from dist_sft.batches import Feeder
@@ -33,6 +34,7 @@ from dist_sft.metrics import (
 )
 from dist_sft.model import fit_vocabulary, load_model, make_random_weights, resolve_dtype
 from dist_sft.optim import learning_rate
+from dist_sft.plan import summarize
 from dist_sft.runs import Outcome
 from dist_sft.step import agree_on_step, evaluate, explain_divergence, run_micro_batches, summed
 from dist_sft.stopping import StopFlag
@@ -106,9 +108,14 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             if place.rank == 0:
                 checkpoint.prune(run_dir, recipe.checkpoint.keep)
 
+        outlook = summarize(
+            plan, train_set.lengths, place.world, budget, packed=packed, steps=total,
+            max_steps_looked_at=20,
+        )  # fmt: skip
         console.say(
             f"training {total - done} steps, {plan.steps_per_epoch} per epoch, on {place.world} "
-            f"workers in {dtype}, {'packed' if packed else 'padded'}"
+            f"workers in {dtype}; token efficiency {outlook.token_efficiency:.0%}, "
+            f"balance {outlook.balance:.0%}"
         )
         console.start(total, done)
         clock = Clock(place.device)
@@ -273,6 +280,7 @@ def run_rank(run_dir: Path, attempt: int) -> int:
     rank = int(os.environ["RANK"])
     terminal = redirect_output(runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log")
     console = Console(terminal if rank == 0 else None)
+    logging.disable_progress_bar()  # transformers' bars would be all that a log shows
     try:
         outcome = train(run_dir, attempt, console)
     except Exception as error:

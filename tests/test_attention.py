@@ -1,21 +1,25 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import VOCAB, WINDOW, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from dist_sft import attention
 from dist_sft.attention import NAME, implementation, isolation, packed_inputs, prove
+from dist_sft.batches import Batch
+from dist_sft.step import token_loss
 
 LENGTHS = [23, 5, 1, 11]  # longer than the windows, and the shortest that can be
 CPU = torch.device("cpu")
 PACKABLE = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "gpt_neox", "gpt2", "opt"),
-    *("olmo2", "smollm3", "cohere", "granite", "lfm2", "qwen3_moe", "mixtral", "phimoe"),
+    *("olmo2", "smollm3", "cohere", "granite", "qwen3_moe", "mixtral", "phimoe"),
 )
 
 
@@ -97,6 +101,7 @@ def test_a_window_longer_than_the_probe_is_that_of_the_stock_mask(name: str) -> 
     [
         ("bloom", "BloomForCausalLM has no exchangeable attention"),
         ("mamba", "an example changes its neighbour's logits by"),
+        ("lfm2", "an example changes its neighbour's logits by"),  # convolutions and attention
         ("qwen3_next", "can't keep packed sequences apart"),
         ("gpt_oss", "GptOssForCausalLM cannot be packed: attention sinks"),
         ("gemma2", "cannot be packed: soft-capped scores"),
@@ -264,6 +269,58 @@ def test_cuda_kernel_gets_the_same_segments_and_windows(
 
     assert found.shape == expected.shape == (1, sum(LENGTHS), 4, 8)
     assert relative(found, expected) < 1e-5
+
+
+class PlainEngine:
+    """A model as the engine of a single process."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.module = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def padded_batch(rows: list[Tensor], keep: list[Tensor]) -> Batch:
+    def pad(tensors: list[Tensor]) -> Tensor:
+        return pad_sequence([tensor[0] for tensor in tensors], batch_first=True)
+
+    inputs = {
+        "input_ids": pad(rows),
+        "attention_mask": pad([torch.ones_like(row) for row in rows]),
+        "use_cache": False,
+    }
+    kept = sum(int(k.sum()) for k in keep)
+    targets = torch.arange(kept) % VOCAB
+    return Batch(np.arange(len(rows)), inputs, pad(keep), targets, sum(map(torch.numel, rows)))
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_oss", "mamba", "xlstm"])  # xlstm keeps all logits
+def test_models_that_cannot_be_packed_train_on_padded_rows(name: str) -> None:
+    model = tiny_model(name)
+    rows, keep = rows_of(LENGTHS), supervised(LENGTHS)
+    batch = padded_batch(rows, keep)
+
+    expected = F.cross_entropy(alone(model, rows, keep), batch.targets, reduction="sum")
+    expected.backward()
+    expected_gradients = gradients(model)
+    found = token_loss(PlainEngine(model), batch)
+    found.backward()
+    found_gradients = gradients(model)
+
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    scale = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for parameter, gradient in expected_gradients.items():
+        assert (found_gradients[parameter] - gradient).abs().max() < 1e-5 * scale
+
+
+def test_router_logits_change_no_loss() -> None:
+    batch = padded_batch(rows_of(LENGTHS), supervised(LENGTHS))
+    losses = [
+        token_loss(PlainEngine(tiny_model("mixtral", output_router_logits=wanted)), batch)
+        for wanted in (False, True)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_packed_inputs_restart_positions() -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from dist_sft import local, node, runs
 from dist_sft.config import read_config_json
+from dist_sft.console import Console
 from dist_sft.errors import UserError
 from dist_sft.node import Group, count_gpus, group_from, threads_for, torchrun_command
 from dist_sft.runs import Launch, Outcome
@@ -47,7 +48,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Put a small program in torchrun's place; it knows `attempt`, a Path, and writes what it likes.
+    """Put a small program in torchrun's place; `attempt` is its folder, `write` writes into it.
 
     What it prints goes where torchrun's words go.
     """
@@ -423,7 +424,7 @@ def test_a_stopped_attempt_can_be_continued(
 def test_wrong_input_on_one_rank_is_all_that_is_said(
     setup: Setup, ranks: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Other ranks die of network errors, some even before the one to blame has written its words."""
+    """Other ranks die of network errors, some before the one to blame has written its words."""
     ranks(
         failure(0, 1, "RuntimeError: Connection closed by peer", 10.0)
         + failure(1, 2, "data.train.0.path=x: broken", 11.0)
@@ -515,6 +516,14 @@ def test_ranks_get_their_threads(
     ranks("print(os.environ['OMP_NUM_THREADS'], os.environ['TOKENIZERS_PARALLELISM'])")
     setup.launch("threads_per_worker=3")
     assert capfd.readouterr().out == "3 false\n"
+
+
+def test_a_ctrl_c_in_the_terminal_does_not_reach_the_ranks_by_itself(
+    setup: Setup, ranks: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks("print(os.getpgid(0) == os.getsid(0) == os.getpid())")
+    setup.launch()
+    assert capfd.readouterr().out == "True\n"
 
 
 # ---- the program of one node -----------------------------------------------------------------
@@ -675,17 +684,19 @@ SPEAKER = """
 import sys
 from pathlib import Path
 from dist_sft.console import Console, redirect_output
-log = Path(sys.argv[1])
-console = Console(redirect_output(log))
-sys.stdin.readline()  # by now nobody reads standard output
-console.start(10, 0)
-for step in range(1, 11):
-    console.step(step, "loss [1.0]", important=True)
+console = Console(redirect_output(Path(sys.argv[1])))
+console.say("hello")
+console.start(2, 0)
+sys.stdin.readline()
+console.step(1, "loss [1.0]", important=True)
+console.step(2, "loss [1.0]", important=True)
 console.say("done [/]")
 console.close()
 print("whole")
 print("a library's warning", file=sys.stderr)
 """
+LINES = "step 1/2  loss [1.0]\nstep 2/2  loss [1.0]\ndone [/]\n"
+LOG = f"hello\n{LINES}whole\na library's warning\n"
 
 
 def speak(log: Path, **pipes: Any) -> subprocess.Popen[str]:
@@ -694,34 +705,39 @@ def speak(log: Path, **pipes: Any) -> subprocess.Popen[str]:
     )
 
 
-STEPS = "".join(f"step {step}  loss [1.0]\n" for step in range(1, 11)) + "done [/]\n"
-
-
 def test_terminal_and_log_get_the_same_lines(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
     with speak(log, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as speaker:
-        assert speaker.communicate("go\n") == (STEPS, "")
-    assert log.read_text() == f"{STEPS}whole\na library's warning\n"
+        assert speaker.communicate("go\n") == (f"hello\n{LINES}", "")
+    assert log.read_text() == LOG
 
 
-def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
-    """`launch | head` ends, a window is closed: training goes on."""
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_run_outlives_whoever_watches_it(kind: str, tmp_path: Path) -> None:
+    """`launch | head` ends, a window is closed: training goes on, with or without a bar."""
     log = tmp_path / "rank-0.log"
-    reader, writer = os.pipe()
-    with speak(log, stdout=writer) as speaker:
-        os.close(writer)
-        os.close(reader)
-        speaker.communicate("go\n")
-    assert log.read_text().startswith(f"{STEPS}whole\na library's warning\n")
-    assert speaker.returncode == 0
-
-
-def test_a_bar_on_a_terminal_outlives_it(tmp_path: Path) -> None:
-    log = tmp_path / "rank-0.log"
-    ours, theirs = os.openpty()
+    ours, theirs = os.pipe() if kind == "pipe" else os.openpty()
     with speak(log, stdout=theirs) as speaker:
         os.close(theirs)
+        seen = b""
+        while (b"training" if kind == "terminal" else b"hello") not in seen:
+            seen += os.read(ours, 1024)
         os.close(ours)
         speaker.communicate("go\n")
-    assert log.read_text().startswith(f"{STEPS}whole\na library's warning\n")
     assert speaker.returncode == 0
+    assert log.read_text().startswith(LOG)
+
+
+def test_a_line_says_how_long_the_rest_will_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(None)
+    console.start(100, done=40)
+    for step, now in ((41, 1000.0), (42, 1001.0), (43, 1010.0), (100, 1100.0)):
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        console.step(step, "x", important=step == 100)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 41/100  x",  # the first step warms up and foretells nothing
+        "step 43/100  x  ETA 0:04:45",
+        "step 100/100  x",
+    ]
