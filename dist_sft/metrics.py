@@ -43,13 +43,14 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the block's time as part of a phase."""
         if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            event: Any = torch.cuda.Event  # torch leaves it untyped
+            start, end = event(enable_timing=True), event(enable_timing=True)
             start.record()
             yield
             end.record()
@@ -82,14 +83,14 @@ class Collectives:
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities)
+        self._profiler: Any = profile(activities=activities)  # torch leaves it untyped
 
     def __enter__(self) -> Self:
         self._profiler.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._profiler.__exit__(*error)  # type: ignore[arg-type]
+        self._profiler.__exit__(*error)
 
     def seconds(self) -> float:
         """Return what the block spent in collectives."""
@@ -126,7 +127,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) 
     """Measure how many FLOP/s this process gets out of a large matrix multiplication."""
     n = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    rates = []
+    rates: list[float] = []
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(rates) < 3:
         began = time.perf_counter()
@@ -186,5 +187,5 @@ def _active_numel(name: str, parameter: nn.Parameter, config: Any) -> float:
     numel = math.prod(_shape(parameter))
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts and ".experts" in name:
-        return numel * config.num_experts_per_tok / experts
+        return float(numel * config.num_experts_per_tok / experts)
     return numel

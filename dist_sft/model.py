@@ -116,7 +116,7 @@ def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTra
         )
     loaded.config.use_cache = False
     if model.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+        loaded.activation_checkpointing_enable({"use_reentrant": False})
     loaded.train()
     return cast(PreTrainedModel, loaded)
 

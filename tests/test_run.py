@@ -121,7 +121,7 @@ def test_the_run_folder_is_complete(finished: tuple[Path, Path, str]) -> None:
     assert json.loads((run_dir / "logs/attempt-0/outcome.json").read_text()) == {
         "code": 0, "reason": "finished", "step": 7,
     }  # fmt: skip
-    assert "step 7  loss" in (run_dir / "logs/attempt-0/rank-0.log").read_text()
+    assert "step 7/7  loss" in (run_dir / "logs/attempt-0/rank-0.log").read_text()
     assert json.loads((run_dir / "launch.json").read_text())["workers_per_node"] == 2
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert str(run_dir) in out.splitlines()[-1]

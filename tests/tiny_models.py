@@ -43,7 +43,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite": LLAMA_LIKE,
     "lfm2": LLAMA_LIKE | {"layer_types": ["conv", "full_attention"]},
     "qwen3_moe": LLAMA_LIKE | MIXTURE | {"moe_intermediate_size": 16},
-    "mixtral": LLAMA_LIKE | MIXTURE,
+    # Large enough for its experts' sums to round otherwise when they get other numbers of tokens.
+    "mixtral": LLAMA_LIKE | MIXTURE | {"hidden_size": 64, "intermediate_size": 128},
     "phimoe": LLAMA_LIKE | MIXTURE | {"sliding_window": WINDOW},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "gemma2": LLAMA_LIKE | {"sliding_window": WINDOW},
