@@ -107,7 +107,7 @@ def explain_memory(error: RuntimeError, batch: Batch, number: int) -> str:
         advice = f"it is a single row: try data.max_length: {batch.tokens // 2}"
     return (
         f"out of memory in micro-batch {number}: {batch.tokens} tokens in {rows} rows; {advice}, "
-        "or model.gradient_checkpointing: true, or more sharding (deepspeed: zero3)\n"
+        "or model.gradient_checkpointing: true, or, in a new run_dir, deepspeed: zero3\n"
         f"{str(error).splitlines()[0]}"
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers.utils import logging
 
 from dist_sft import attention, checkpoint, data, report, runs, world
@@ -217,7 +218,10 @@ def choose_packing(engine: Engine, setting: str, device: torch.device, console: 
     if setting == "off":
         return False
     proof = attention.prove(engine.module, engine, device)
-    if proof.holds:
+    # Ranks that lay out rows differently would wait for each other for ever.
+    everywhere = torch.tensor(int(proof.holds), device=device)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    if everywhere.item():
         engine.module.set_attn_implementation(attention.NAME)
         console.say(f"packing: {proof.reason}")
         return True
