@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
+ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
+
 .PHONY: quickstart install test test-core lint docs bench clean
 
 quickstart: .venv/installed
@@ -42,4 +44,4 @@ docs: install
 	$(BIN)/python docs/settings.py > docs/settings.md
 
 clean:
-	rm -rf .venv runs data/quickstart
+	rm -rf .venv runs/quickstart data/quickstart

@@ -195,12 +195,18 @@ def _row(vocab_size: int, length: int, seed: int) -> Tensor:
     return torch.randint(vocab_size, (1, length), generator=generator)
 
 
-def prove(model: PreTrainedModel, call: Callable[..., Any], device: torch.device) -> Proof:
+def prove(
+    model: PreTrainedModel,
+    call: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Proof:
     """Prove that packing neither mixes examples nor changes what the model computes on each.
 
     Isolation is proved in training mode, with gradient checkpointing and dropout; then a segment
     must equal the stock attention on it alone, which finds positions that do not start again and
     parts left out. `call` runs the model, sharded or not; with ZeRO-3 all ranks call this together.
+    `dtype` is what the model computes in, where that is not the dtype of its logits (autocast).
     Not seen: rotary embeddings that follow the longest row ("dynamic", "longrope"; padding mixes
     these too), and unknown features that begin beyond the probe's few tokens.
     """
@@ -243,6 +249,6 @@ def prove(model: PreTrainedModel, call: Callable[..., Any], device: torch.device
         model.set_experts_implementation(experts)
         model.train(was_training)
     difference = (ours.float() - theirs).abs().max() / theirs.abs().max()
-    if difference <= (1e-4 if ours.dtype == torch.float32 else 5e-2):  # NaN is not
+    if difference <= (1e-4 if (dtype or ours.dtype) == torch.float32 else 5e-2):  # NaN is not
         return proof
     return Proof(False, f"packed logits differ from those of rows alone by {difference:.3g}")

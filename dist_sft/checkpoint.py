@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dist_sft import shards
 from dist_sft.engine import Engine
+from dist_sft.errors import UserError
 from dist_sft.runs import write_atomically
 
 FORMAT = 1
@@ -53,12 +54,15 @@ def save(
     facts: dict[str, Any],
     write_model: Callable[[Path], None],
 ) -> Path:
-    """Save the state after `step`; every rank calls this together.
+    """Save the state after `step`, unless it is saved; every rank calls this together.
 
     `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer.
     """
     rank = dist.get_rank()
     final = folder_of(run_dir, step)
+    # One rank looks: file systems may show ranks different things, and all must do the same.
+    if from_rank_0(final.exists() if rank == 0 else None):
+        return final
     temporary = final.with_name(f".{final.name}.tmp")
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -86,7 +90,6 @@ def save(
             "files": {name: {"size": size, "pieces": held} for name, held, size in index},
         }
         write_atomically(temporary / "manifest.json", json.dumps(manifest))
-        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(final.parent)
     dist.barrier()
@@ -96,9 +99,12 @@ def save(
 def restore(folder: Path, engine: Engine) -> None:
     """Load a checkpoint into the engine, whatever layout it was saved from.
 
-    A rank reads the element ranges that it holds and no others.
+    A rank reads the element ranges that it holds and no others. Raises UserError where the
+    checkpoint is of a model with other parameters.
     """
     reader = Reader(folder)
+    if reader.manifest["shapes"] != shards.parameter_shapes(engine):
+        raise UserError(f"{folder} holds a model with other parameters; give another run_dir")
     for fragment in shards.held(engine):
         for key, tensor in fragment.tensors.items():
             for offset, piece in reader.read(fragment.name, key, fragment.start, len(tensor)):
@@ -144,6 +150,13 @@ class Reader:
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, framework="pt")
         return self._open[name]
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return on every rank what rank 0 has."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -55,6 +55,10 @@ class Engine(Protocol):
         global batch over all ranks.
         """
 
+    @property
+    def skipped(self) -> bool:
+        """Tell whether the last step was left out, as float16's loss scale was too high."""
+
     def step(self) -> float:
         """Clip, update the weights, clear the gradient; return the gradient's norm before it."""
 
@@ -84,6 +88,11 @@ class ZeroEngine:
     def step(self) -> float:
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
+
+    @property
+    def skipped(self) -> bool:
+        # DeepSpeed calls it overflow in every dtype; only with a loss scale does it pass by itself.
+        return bool(self.deepspeed.fp16_enabled() and self.optimizer.overflow)
 
 
 class DataParallelEngine:
@@ -115,6 +124,10 @@ class DataParallelEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+    @property
+    def skipped(self) -> bool:
+        return False
 
 
 def set_learning_rate(engine: Engine, value: float) -> None:

@@ -28,6 +28,7 @@ GPU_PEAKS = {
     "A10G": 70e12,
     "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "MI300X": 1307e12,
 }
@@ -105,6 +106,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, attempt: int) -> None:
         self._file: IO[str] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a killed attempt left half a line
         self._attempt = attempt
 
     def write(self, **values: Any) -> None:
@@ -170,6 +173,8 @@ class FlopCounter:
         self._head = math.prod(_shape((head or embedding).weight))
         self._layers = getattr(config, "num_hidden_layers", 0)
         self._hidden = getattr(config, "hidden_size", 0)
+        if getattr(config, "head_dim", None):  # heads need not add up to the hidden size
+            self._hidden = config.num_attention_heads * config.head_dim
 
     def __call__(self, lengths: Any, supervised_tokens: int) -> float:
         """Return FLOPs of a step; `lengths` [rows] are the tokens of its rows."""

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import set_seed
 
 from dist_sft import config as settings
 from dist_sft.errors import UserError
@@ -51,7 +50,7 @@ def make_random_weights(recipe: settings.Recipe, vocab_size: int, folder: Path) 
     try:
         architecture = AutoConfig.for_model(**keys)
         _check_keys(keys, architecture)
-        set_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
         random_model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     except UserError:
         raise
@@ -126,6 +125,6 @@ def fit_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:
     rows: int = model.get_input_embeddings().num_embeddings
     if tokens <= rows:
         return 0
-    set_seed(seed)  # every rank must invent the same rows
+    torch.manual_seed(seed)  # every rank must invent the same rows
     model.resize_token_embeddings(tokens)
     return tokens - rows

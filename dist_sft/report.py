@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,13 +16,15 @@ Line = dict[str, Any]
 def read_steps(metrics: Path) -> list[Line]:
     """Return the step lines of metrics.jsonl in order of steps.
 
-    A step that was computed again after a crash appears twice; the last line counts.
+    A step that was computed again after a crash appears twice; the last line counts. Half a line,
+    which a killed attempt may leave, is passed over.
     """
     steps: dict[int, Line] = {}
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        if "event" not in line:
-            steps[line["step"]] = line
+    for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if "event" not in line:
+                steps[line["step"]] = line
     return [steps[number] for number in sorted(steps)]
 
 

@@ -51,7 +51,7 @@ def run_micro_batches(
                     loss_sum = token_loss(engine, batch)
                 with clock("backward"):
                     engine.backward(loss_sum, supervised)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError(explain_memory(error, batch, number)) from error
             raise
@@ -93,12 +93,14 @@ def summed(values: Sequence[Tensor], device: torch.device) -> float:
     return float(total)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error means that memory ran out, on GPU or CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
-def explain_memory(error: RuntimeError, batch: Batch, number: int) -> str:
+def explain_memory(error: Exception, batch: Batch, number: int) -> str:
     """Say which micro-batch was too large, and what to try."""
     rows = len(batch.samples)
     if rows > 1:
@@ -108,22 +110,26 @@ def explain_memory(error: RuntimeError, batch: Batch, number: int) -> str:
     return (
         f"out of memory in micro-batch {number}: {batch.tokens} tokens in {rows} rows; {advice}, "
         "or model.gradient_checkpointing: true, or, in a new run_dir, deepspeed: zero3\n"
-        f"{str(error).splitlines()[0]}"
+        f"{str(error).partition(chr(10))[0]}"
     )
 
 
-def explain_divergence(
-    value: float, step: int, batches: Sequence[Batch], losses: Sequence[Tensor], dataset: Dataset
-) -> str:
-    """Say where a loss or gradient norm stopped being finite, and what people do about it."""
-    bad = [
+def rows_of_bad_losses(
+    batches: Sequence[Batch], losses: Sequence[Tensor], dataset: Dataset
+) -> list[str]:
+    """Name the rows of every micro-batch on this rank whose loss is not finite."""
+    return [
         f"{name} row {row}"
         for batch, loss in zip(batches, losses, strict=True)
         if not torch.isfinite(loss)
         for name, row in (dataset.locate(int(number)) for number in batch.samples)
     ]
+
+
+def explain_divergence(value: float, step: int, bad: Sequence[str]) -> str:
+    """Say where a loss or gradient norm stopped being finite, and what people do about it."""
     what = "loss" if bad else "loss or gradient norm"
-    where = f"; this rank's micro-batch holds {', '.join(bad[:20])}" if bad else ""
+    where = f"; the micro-batches of these rows: {', '.join(bad[:20])}" if bad else ""
     return (
         f"the {what} is {value} in step {step}{where}. The step was not saved. Look at the rows "
         f"with `dist-sft plan RECIPE --step {step}` and `dist-sft inspect RECIPE --row N`; lower "

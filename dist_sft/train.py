@@ -37,7 +37,14 @@ from dist_sft.model import fit_vocabulary, load_model, make_random_weights, reso
 from dist_sft.optim import learning_rate
 from dist_sft.plan import summarize
 from dist_sft.runs import Outcome
-from dist_sft.step import agree_on_step, evaluate, explain_divergence, run_micro_batches, summed
+from dist_sft.step import (
+    agree_on_step,
+    evaluate,
+    explain_divergence,
+    rows_of_bad_losses,
+    run_micro_batches,
+    summed,
+)
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
 from dist_sft.tokenizer import Words, load_words, model_folder
@@ -69,8 +76,11 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         # 3. Join the other ranks, and make sure that all are of one mind.
         accelerator = make_accelerator(recipe, dtype, run_dir)
-        stack.callback(accelerator.end_training)  # closes trackers and the process group
-        world.agree(world.facts_of_this_rank(recipe.fingerprint(), train_set.fingerprint))
+        # After a failure other ranks may be in a collective: leaving it politely could hang.
+        stack.push(lambda kind, *_: accelerator.end_training() if kind is None else None)
+        data_sets = {"train": train_set, **eval_sets}
+        fingerprint = " ".join(f"{name}:{part.fingerprint}" for name, part in data_sets.items())
+        world.agree(world.facts_of_this_rank(recipe.fingerprint(), fingerprint, place.device))
         # Before this line a signal ends a rank at once: there is nothing to save yet.
         stop = StopFlag(run_dir)
         stop.listen()
@@ -84,7 +94,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             console.say(f"the tokenizer knows {added} more tokens than the model: embeddings added")
         flops = FlopCounter(model)
         engine = make_engine(accelerator, model, recipe)
-        packed = choose_packing(engine, recipe.train.packing, place.device, console)
+        packed = choose_packing(engine, recipe.train.packing, place.device, dtype, console)
 
         # 5. The plan: which samples make up every step. Continue where the run was.
         plan = data.make_plan(train_set, recipe.data, recipe.seed, recipe.train.batch_size)
@@ -96,7 +106,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
-        done = restore_newest(run_dir, engine, console)
+        done = restore_newest(run_dir, engine, fingerprint, console)
         track = start_trackers(accelerator, recipe)
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
         if metrics:
@@ -104,7 +114,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         stack.callback(console.close)
 
         def save(step: int) -> None:
-            facts = {"recipe": recipe.fingerprint(), "data": train_set.fingerprint}
+            facts = {"recipe": recipe.fingerprint(), "data": fingerprint}
             checkpoint.save(run_dir, step, engine, facts, model_writer(engine, words))
             if place.rank == 0:
                 checkpoint.prune(run_dir, recipe.checkpoint.keep)
@@ -140,13 +150,23 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 losses = run_micro_batches(engine, batches, supervised, clock, where)
                 loss = summed(losses, place.device) / supervised
                 if not math.isfinite(loss):
-                    raise Diverged(explain_divergence(loss, step, batches, losses, train_set))
+                    raise Diverged(
+                        explain_divergence(
+                            loss, step, world.gather(rows_of_bad_losses(batches, losses, train_set))
+                        )
+                    )
                 rate = learning_rate(step, total, recipe.optimizer)
                 set_learning_rate(engine, rate)
                 with clock("optimizer"):
                     grad_norm = engine.step()
-                if not math.isfinite(grad_norm):
-                    raise Diverged(explain_divergence(grad_norm, step, batches, losses, train_set))
+                if not math.isfinite(grad_norm) and not engine.skipped:
+                    raise Diverged(
+                        explain_divergence(
+                            grad_norm,
+                            step,
+                            world.gather(rows_of_bad_losses(batches, losses, train_set)),
+                        )
+                    )
             seconds = time.perf_counter() - began
 
             # 7. Evaluate, tell, save.
@@ -155,7 +175,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 "step": step,
                 "loss": loss,
                 "lr": rate,
-                "grad_norm": grad_norm,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # a skipped step
                 "examples": len(samples),
                 "tokens": int(lengths.sum()),
                 "supervised_tokens": supervised,
@@ -204,6 +224,9 @@ def prepare_once(
             make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
         runs.write_atomically(done, stores.to_json())
     while not done.exists():
+        failed = runs.first_failure(run_dir, attempt)
+        if failed:
+            raise RuntimeError(f"rank {failed[0]} gave up: {failed[1].reason}")
         time.sleep(0.05)
     return data.Stores(**json.loads(done.read_text(encoding="utf-8")))
 
@@ -213,11 +236,13 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def choose_packing(engine: Engine, setting: str, device: torch.device, console: Console) -> bool:
+def choose_packing(
+    engine: Engine, setting: str, device: torch.device, dtype: torch.dtype, console: Console
+) -> bool:
     """Prove that packed rows are isolated on this model; say so and pad where they are not."""
     if setting == "off":
         return False
-    proof = attention.prove(engine.module, engine, device)
+    proof = attention.prove(engine.module, engine, device, dtype)
     # Ranks that lay out rows differently would wait for each other for ever.
     everywhere = torch.tensor(int(proof.holds), device=device)
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
@@ -231,14 +256,24 @@ def choose_packing(engine: Engine, setting: str, device: torch.device, console: 
     return False
 
 
-def restore_newest(run_dir: Path, engine: Engine, console: Console) -> int:
-    """Load the newest checkpoint, if there is one; return the step to go on from."""
-    found = checkpoint.steps(run_dir)
-    if not found:
+def restore_newest(run_dir: Path, engine: Engine, fingerprint: str, console: Console) -> int:
+    """Load the newest checkpoint, if there is one; return the step to go on from.
+
+    Raises UserError where it was trained on other data: the order of rows would be another one.
+    """
+    # One rank looks: file systems may show ranks different things.
+    newest = checkpoint.from_rank_0(max(checkpoint.steps(run_dir), default=None))
+    if newest is None:
         return 0
-    checkpoint.restore(checkpoint.folder_of(run_dir, found[-1]), engine)
-    console.say(f"continuing after step {found[-1]}")
-    return found[-1]
+    folder = checkpoint.folder_of(run_dir, newest)
+    if checkpoint.Reader(folder).manifest["data"] != fingerprint:
+        raise UserError(
+            f"the encoded data is not what {folder} was trained on: a data file, the template or "
+            "the tokenizer has changed. Put it back, or give another run_dir"
+        )
+    checkpoint.restore(folder, engine)
+    console.say(f"continuing after step {newest}")
+    return int(newest)
 
 
 def model_writer(engine: Engine, words: Words) -> Callable[[Path], None]:

@@ -50,12 +50,13 @@ class Place:
         return cls(rank, local_rank, node_rank, world_size, device)
 
 
-def facts_of_this_rank(recipe: str, data: str) -> dict[str, Any]:
+def facts_of_this_rank(recipe: str, data: str, device: torch.device) -> dict[str, Any]:
     """Return what must be equal on all ranks."""
     return {
         "world size": (int(os.environ["WORLD_SIZE"]), dist.get_world_size()),
         "recipe": recipe,
         "data": data,
+        "device": device.type,
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
         "dist_sft": __version__,
@@ -71,6 +72,13 @@ def agree(facts: dict[str, Any]) -> None:
     problems = disagreements(everyone)
     if problems:
         raise UserError("\n  ".join(["the ranks do not agree:", *problems]))
+
+
+def gather(items: list[str]) -> list[str]:
+    """Return the items of all ranks, in the order of ranks."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, items)
+    return [item for part in everyone for item in part]
 
 
 def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> list[str]:

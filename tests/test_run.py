@@ -202,6 +202,34 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
+def test_other_data_under_an_old_checkpoint_is_refused(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(Path(recipe["data"]["train"][0]["path"]).read_text())
+    data = {**recipe["data"], "train": [{"path": str(rows)}]}
+    run_dir = tmp_path / "run"
+    path = write({**recipe, "data": data, "train": {"batch_size": 8, "steps": 60}}, run_dir)
+    process = start(path, workers=1)
+    wait_for_step(run_dir, 1, process)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, out + err
+    with open(run_dir / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"attempt": 0, "step": 9')  # as a kill in the middle of a line leaves it
+
+    rows.write_text(rows.read_text().replace("Add 1", "Sum 1"))
+    code, _, err = run(path, workers=1)
+    assert code == 2
+    assert "a data file, the template or the tokenizer has changed" in err
+
+    rows.write_text(rows.read_text().replace("Sum 1", "Add 1"))
+    code, out, err = run(path, workers=1)
+    assert code == 0, out + err
+    steps = report.read_steps(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, 61))
+
+
 def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) -> None:
     path = write(recipe, tmp_path / "run")
     code, _, err = run(path, "optimizer.lr=1e30", "optimizer.clip=null", workers=1)

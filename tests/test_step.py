@@ -12,7 +12,7 @@ from dist_sft.config import Optimizer
 from dist_sft.errors import UserError
 from dist_sft.metrics import Clock, FlopCounter, matmul_rate
 from dist_sft.optim import build_optimizer, learning_rate
-from dist_sft.step import explain_divergence, run_micro_batches
+from dist_sft.step import explain_divergence, rows_of_bad_losses, run_micro_batches
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_divergence_names_the_rows_of_the_bad_micro_batch() -> None:
 
     losses = [torch.tensor(2.0), torch.tensor(math.nan)]
     batches = [batch([1, 2], 9), batch([3, 4], 9)]
-    text = explain_divergence(math.nan, 17, batches, losses, Located())
+    text = explain_divergence(math.nan, 17, rows_of_bad_losses(batches, losses, Located()))
     assert "the loss is nan in step 17" in text
     assert "alpaca row 30, alpaca row 40" in text
     assert "row 10" not in text

@@ -58,7 +58,7 @@ class Run:
         model = load_model(self.recipe.model, folder, loaded_in)
         self.engine = engine.make_engine(accelerator, model, self.recipe)
         packing = "on" if cell.packed else "off"
-        packed = train.choose_packing(self.engine, packing, CPU, Console(None))
+        packed = train.choose_packing(self.engine, packing, CPU, dtype, Console(None))
         rows, rank, world = Rows(job.rows), dist.get_rank(), dist.get_world_size()
         self.feeder = Feeder(rows, rank, world, cell.budget, packed, CPU)
         self.plan = Plan((len(rows),), (1.0,), job.seed, job.batch_size)
