@@ -12,22 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_sft.errors import UserError
+from dist_sft.shuffle import Ints, Words, mix, permute
 
-Ints: TypeAlias = NDArray[np.int64]
-Words: TypeAlias = NDArray[np.uint64]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Key labels: the order of an epoch and the passes over the sources must be independent shuffles.
 _EPOCH_ORDER, _SOURCE_PASS = 0, 1
-# Four rounds make a large domain look random; the smallest ones (n = 3 to 7) need this many before
-# all their permutations are equally likely. Even, so that both halves end where they began.
-_ROUNDS = 16
 # What one more padded micro-batch costs besides its tokens, as a share of the token budget.
 _PADDED_OVERHEAD = 1 / 32
 
@@ -89,7 +82,7 @@ class Plan:
         epoch = self.epoch_of(step)
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         places = np.arange(start, min(start + self.batch_size, self.draws_per_epoch))
-        places = _permute(places, self.draws_per_epoch, self._key(_EPOCH_ORDER, epoch))
+        places = permute(places, self.draws_per_epoch, self._key(_EPOCH_ORDER, epoch))
 
         samples = np.empty_like(places)
         first_place = first_sample = 0
@@ -97,62 +90,17 @@ class Plan:
             mine = (places >= first_place) & (places < first_place + draws)
             # Draws are counted over the whole run, so a pass may begin in one epoch and end later.
             passes, offsets = np.divmod(places[mine] - first_place + epoch * draws, rows)
-            samples[mine] = first_sample + _permute(
-                offsets, rows, self._key(_SOURCE_PASS, source, passes)
-            )
+            keys = self._key(_SOURCE_PASS, source, passes)
+            samples[mine] = first_sample + permute(offsets, rows, keys)
             first_place += draws
             first_sample += rows
         return samples
 
     def _key(self, *labels: int | Ints) -> Words:
-        key = _mix(np.array([self.seed % 2**64], np.uint64))
+        key = mix(np.array([self.seed % 2**64], np.uint64))
         for label in labels:
-            key = _mix(key + np.asarray(label).astype(np.uint64))
+            key = mix(key + np.asarray(label).astype(np.uint64))
         return key
-
-
-def _mix(x: Words) -> Words:
-    """Hash 64-bit words: one step of splitmix64 (Steele, Lea, Flood: Fast Splittable PRNGs, 2014).
-
-    `x` must not be a scalar: numpy wraps arrays silently but warns about scalars that overflow.
-    """
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _permute(positions: Ints, n: int, keys: Words) -> Ints:
-    """Map positions of [0, n) to their places in the shuffle that their key selects.
-
-    A Feistel network on the grid of `height * width >= n` cells; whoever lands outside of [0, n)
-    walks on until back inside, which keeps the map one-to-one (Black, Rogaway: Ciphers with
-    Arbitrary Finite Domains, 2002). The grid has at most about sqrt(n) cells too many, so that
-    hardly anyone has to walk. `keys` has one key for all positions, or one for each.
-    """
-    # Even, as turning rows and columns of odd length reaches only half of all permutations.
-    height = 2 * math.ceil(math.sqrt(n) / 2)
-    width = -(-n // height)
-    keys = np.broadcast_to(keys, positions.shape)
-    places = positions.astype(np.uint64)
-    walking = np.arange(len(places))
-    while len(walking):
-        places[walking] = _feistel(places[walking], height, width, keys[walking])
-        walking = walking[places[walking] >= n]
-    return places.astype(np.int64)
-
-
-def _feistel(cells: Words, height: int, width: int, keys: Words) -> Words:
-    """Shuffle the cells of a grid: each round turns a row by a hash of its column, or reversed."""
-    turned, fixed = np.divmod(cells, np.uint64(width))
-    turned_size, fixed_size = np.uint64(height), np.uint64(width)
-    for _ in range(_ROUNDS):
-        keys = keys + _GOLDEN
-        # Half the hash, for a sum that wrapped around 2^64 would not be one-to-one.
-        turned = (turned + (_mix(keys ^ fixed) >> np.uint64(1))) % turned_size
-        turned, fixed = fixed, turned
-        turned_size, fixed_size = fixed_size, turned_size
-    return turned * np.uint64(width) + fixed
 
 
 def layout(lengths: Ints, world: int, budget: int, *, packed: bool) -> list[list[Ints]]:

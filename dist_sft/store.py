@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dist_sft.errors import UserError
 from dist_sft.once import DamagedError
+from dist_sft.shuffle import finalize
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -263,9 +264,6 @@ def split_fraction(
 
 
 def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Return a pseudo-random order key per content hash: the finalizer of SplitMix64."""
+    """Return a pseudo-random order key per content hash."""
     start = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
-    mixed: npt.NDArray[np.uint64] = keys ^ np.frombuffer(start, "<u8")
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(31))
+    return finalize(keys ^ np.frombuffer(start, "<u8"))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dist_sft.errors import UserError
-from dist_sft.plan import Plan, Summary, _mix, _permute, layout, micro_batch_cost, summarize
+from dist_sft.plan import Plan, Summary, layout, micro_batch_cost, summarize
+from dist_sft.shuffle import mix, permute
 
 Ints = NDArray[np.int64]
 
@@ -157,8 +158,8 @@ def chi_square_z(counts: NDArray[np.int64]) -> float:
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 6])
 def test_all_orders_of_a_few_rows_are_equally_likely(rows: int) -> None:
     """Look at one shuffle alone: `Plan.samples` composes two, which would hide a weak one."""
-    keys = _mix(np.arange(30_000, dtype=np.uint64))
-    orders = np.stack([_permute(np.full(len(keys), i), rows, keys) for i in range(rows)], axis=1)
+    keys = mix(np.arange(30_000, dtype=np.uint64))
+    orders = np.stack([permute(np.full(len(keys), i), rows, keys) for i in range(rows)], axis=1)
     _, counts = np.unique(orders @ rows ** np.arange(rows), return_counts=True)
     assert len(counts) == math.factorial(rows)
     assert abs(chi_square_z(counts)) < 4

@@ -494,6 +494,12 @@ def test_the_fraction_is_exact_where_samples_differ_and_the_seed_decides():
     assert np.histogram(first, 10, (0, 10_000))[0].min() >= 8
 
 
+def test_held_out_samples_never_change_between_versions():
+    """A run that continues must not learn what it held out before: never edit these."""
+    _, held_out = split_fraction(np.arange(1000, dtype=np.uint64), 0.008, 42)
+    assert held_out.tolist() == [44, 98, 127, 222, 379, 398, 595, 664]
+
+
 @pytest.mark.parametrize("hashes", [[7], [7, 7, 7]])
 def test_a_division_that_is_impossible(hashes):
     with pytest.raises(UserError, match=r"data.eval_fraction=0.5: .* 1 of them different"):
