@@ -6,8 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -199,13 +198,11 @@ def _batch_advice(path: list[str | int], tree: Mapping[str, Any]) -> str:
     )
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: object) -> type[BaseModel] | None:
     """Return the settings class inside an annotation such as `tuple[Source, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
-        return next((m for arg in get_args(annotation) if (m := _model_in(arg))), None)
-    return None
+    return next((found for arg in get_args(annotation) if (found := section_of(arg))), None)
 
 
 def _section_at(path: list[str | int], recipe: type[BaseModel]) -> type[BaseModel] | None:
@@ -214,7 +211,7 @@ def _section_at(path: list[str | int], recipe: type[BaseModel]) -> type[BaseMode
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part) if section else None
-        section = _model_in(field.annotation) if field else None
+        section = section_of(field.annotation) if field else None
     return section
 
 
@@ -226,7 +223,7 @@ def _known_keys(path: list[str | int], recipe: type[BaseModel]) -> list[str]:
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
-        inner = _model_in(field.annotation)
+        inner = section_of(field.annotation)
         keys += _all_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return keys
 
@@ -241,5 +238,5 @@ def _path(loc: tuple[int | str, ...], recipe: type[BaseModel]) -> list[str | int
         path.append(part)
         if isinstance(part, str):
             field = section.model_fields.get(part)
-            section = _model_in(field.annotation) if field else None
+            section = section_of(field.annotation) if field else None
     return path

@@ -1,25 +1,18 @@
 """Print docs/settings.md from the recipe's own docstrings: `make docs`."""
 
 import json
-from typing import get_args
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dist_sft.config import Recipe
+from dist_sft.recipe_errors import section_of
 
 HEADER = """# Every setting of a recipe
 
 Made by `make docs` from the docstrings in `dist_sft/config.py` and `dist_sft/zero.py`.
 A setting is written in YAML under its section, or given as `dotted.key=value` on the command line.
 """
-
-
-def section_of(annotation: object) -> type[BaseModel] | None:
-    """Return the settings class inside an annotation, if there is one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := section_of(arg))), None)
 
 
 def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
