@@ -99,7 +99,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _inspect_row(
     options: argparse.Namespace, recipe: Recipe, words: Words, console: Console
 ) -> None:
-    from dist_sft.inspect import find_source, look_at, read_rows, show_look
+    from dist_sft.look import find_source, look_at, read_rows, show_look
 
     source = find_source(recipe.data, options.source)
     row = read_rows(source, [options.row])[options.row]

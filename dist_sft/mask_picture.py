@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 from matplotlib.patches import Patch, Rectangle
 
-from dist_sft.inspect import Token
+from dist_sft.look import Token
 
 MAX_TOKENS = 1200
 MAX_LABEL = 28

@@ -16,7 +16,7 @@ from rich.text import Text
 from dist_sft.chat import BadRow, Dropped, Encoder, Sample
 from dist_sft.config import Data
 from dist_sft.data import make_encoder
-from dist_sft.inspect import (
+from dist_sft.look import (
     HEADING,
     Look,
     Source,

@@ -17,10 +17,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_tokenizers import byte_level
 
-from dist_sft import cli, data, inspect, mask_picture, plan_report, totals
+from dist_sft import cli, data, mask_picture, plan_report, totals
 from dist_sft.config import Optimizer, read_recipe
 from dist_sft.errors import UserError
-from dist_sft.inspect import Look, Token
+from dist_sft.look import (
+    Look,
+    Token,
+    find_source,
+    look_at,
+    mask_text,
+    read_rows,
+    show_end,
+    show_look,
+    uses_colour,
+)
 from dist_sft.tokenizer import load_words
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "pydantic", "rich")
@@ -165,11 +175,11 @@ def test_what_is_shown_is_what_is_in_the_store(recipe: Path) -> None:
     words = load_words(settings.model, settings.data)
     stores = data.prepare(settings.data, words, say=lambda line: None)
     train, _ = data.open_datasets(stores, settings.data, settings.seed)
-    source = inspect.find_source(settings.data, None)
+    source = find_source(settings.data, None)
     for number in range(train.rows_per_source[0]):
         _, row = train.locate(number)
-        rows = inspect.read_rows(source, [row])
-        tokens = inspect.look_at(row, rows[row], source, settings.data, words).tokens
+        rows = read_rows(source, [row])
+        tokens = look_at(row, rows[row], source, settings.data, words).tokens
         ids, learned = train.sample(number)
         assert [token.id for token in tokens] == ids.tolist()
         assert [token.learned for token in tokens] == learned.tolist()
@@ -274,7 +284,7 @@ def test_the_token_table_lists_every_token(shown: Any, recipe: Path) -> None:
 
 def printed(look: Look, **options: Any) -> str:
     file = io.StringIO()
-    inspect.show_look(Console(file=file, width=100, **options), look)
+    show_look(Console(file=file, width=100, **options), look)
     return file.getvalue()
 
 
@@ -308,15 +318,15 @@ def test_no_color_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert inspect.uses_colour(cli._console())
-    assert not inspect.uses_colour(cli._console(no_color=True))
+    assert uses_colour(cli._console())
+    assert not uses_colour(cli._console(no_color=True))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not inspect.uses_colour(cli._console())
+    assert not uses_colour(cli._console())
 
 
 def test_a_short_view_keeps_the_borders_of_long_runs() -> None:
     words = [Token(i, f"w{i} ", i >= 500, False) for i in range(1000)]
-    text = inspect.mask_text(words, Console(file=io.StringIO()), elide=True).plain
+    text = mask_text(words, Console(file=io.StringIO()), elide=True).plain
     assert "[... 340 tokens ...]" in text
     assert "w499 ⟦w500 " in text
     assert "w999 ⟧" in text
@@ -325,7 +335,7 @@ def test_a_short_view_keeps_the_borders_of_long_runs() -> None:
 
 @given(st.text(alphabet="ab \n\t", max_size=6))
 def test_white_space_at_the_end_is_visible(text: str) -> None:
-    visible = inspect.show_end(text)
+    visible = show_end(text)
     assert visible == visible.rstrip()
     back = visible.replace("␣", " ").replace("⇥", "\t").replace("↵\n", "\n").replace("↵", "\n")
     assert back == text

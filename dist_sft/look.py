@@ -20,7 +20,7 @@ from dist_sft.chat import token_texts as texts_of
 from dist_sft.config import Data
 from dist_sft.data import make_encoder
 from dist_sft.errors import UserError
-from dist_sft.proof import shown
+from dist_sft.mask_proof import shown
 from dist_sft.sources import Row, open_source
 from dist_sft.tokenizer import Words
 from dist_sft.tokens import control_tokens, decode
