@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from dist_sft.errors import UserError
 from dist_sft.recipe_errors import explain
@@ -25,6 +34,14 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 PositiveNumber = Annotated[float, Field(gt=0.0, strict=True, allow_inf_nan=False)]
 Number = Annotated[float, Field(ge=0.0, strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(lt=1.0)]
+
+
+def _from_home(path: str) -> str:
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+
+
+# Only shells know what `~` means, and they leave it alone in YAML and behind `run_dir=`.
+PathText = Annotated[str, AfterValidator(_from_home)]
 
 # What may differ when a run is continued: it never changes what is learned.
 MAY_CHANGE = frozenset(
@@ -50,12 +67,13 @@ class Section(BaseModel):
 class Model(Section):
     """What is trained."""
 
-    path: str | None = None
-    """A model folder (safetensors), a hub name, or a run folder (its newest checkpoint)."""
+    path: PathText | None = None
+    """A model folder (safetensors), a hub name, or a run folder: the model that it exported
+    (RUN/model), which is there once the run has finished."""
     config: dict[str, Any] | None = None
     """Instead of `path`: a transformers config (`model_type: llama`, sizes) for random weights.
     The vocabulary size follows the tokenizer."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer folder or hub name; by default the one beside the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
@@ -81,7 +99,7 @@ class Model(Section):
 class Source(Section):
     """One place that rows come from."""
 
-    path: str
+    path: PathText
     """JSON, JSONL, CSV or Parquet file, a folder of `Dataset.save_to_disk`, or a hub name."""
     name: str | None = None
     """Name in logs and metrics; by default the file's name."""
@@ -107,7 +125,7 @@ class Data(Section):
     """What is evaluated, each source under its own name."""
     eval_fraction: Fraction = 0.0
     """Instead of `eval`: hold out this fraction of the training rows, duplicates kept together."""
-    template: str = "human-assistant"
+    template: PathText = "human-assistant"
     """human-assistant, alpaca, chatml, tokenizer (its own chat template), or a Jinja file."""
     learn: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
@@ -117,7 +135,7 @@ class Data(Section):
     """What happens to longer ones; a cut answer learns no end token."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Broken rows stop the run, or are skipped, counted and listed."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where encoded data is kept; by default ~/.cache/dist_sft. Every node needs to reach it."""
 
     @model_validator(mode="after")
@@ -206,7 +224,7 @@ class Recipe(Section):
 
     job: Literal["train"] = "train"
     """What the recipe is for; the launcher's word decides."""
-    run_dir: str
+    run_dir: PathText
     """Folder of the run: config, logs, metrics, checkpoints. The same folder again continues."""
     seed: Annotated[Count, Field(lt=2**63)] = 0
     """Seed of data order, random weights and dropout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -140,7 +141,7 @@ def load_deepspeed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     names = shipped()
-    path = names.get(value, Path(value))
+    path = names.get(value, Path(os.path.expanduser(value)))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):

@@ -515,6 +515,26 @@ def test_refuses_overrides_that_have_no_place(override: str, message: str) -> No
     assert message in str(refusal.value)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text(json.dumps(SHARDING))
+    expanded = recipe(
+        run_dir="~/run",
+        model__path="~/m",
+        model__tokenizer="~",
+        data__train=[{"path": "~/a.json"}, {"path": "a~/b.json"}],
+        data__template="~/t.jinja",
+        data__cache_dir="~/cache",
+        deepspeed="~/ds.json",
+    )
+    assert expanded.run_dir == f"{tmp_path}/run"
+    assert (expanded.model.path, expanded.model.tokenizer) == (f"{tmp_path}/m", str(tmp_path))
+    assert [part.path for part in expanded.data.train] == [f"{tmp_path}/a.json", "a~/b.json"]
+    assert expanded.data.template == f"{tmp_path}/t.jinja"
+    assert expanded.data.cache_dir == f"{tmp_path}/cache"
+    assert expanded.deepspeed == recipe(deepspeed=SHARDING).deepspeed
+
+
 def test_an_unknown_override_is_an_unknown_key(tmp_path: Path) -> None:
     path = written(tmp_path, yaml.safe_dump(tree()))
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: unknown key; in dist_sft this"):
