@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from dist_sft.errors import UserError
 from dist_sft.jinja_template import JinjaTemplate
 from dist_sft.mask_proof import Proof, shown
-from dist_sft.rows import FORMATS, BadRow, Conversation, ToolCall, Turn, parse
+from dist_sft.row_fields import BadRow
+from dist_sft.rows import FORMATS, Conversation, ToolCall, Turn, parse
 from dist_sft.templates import (
     IM_END,
     IM_START,

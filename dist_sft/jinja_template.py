@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_sft.rows import BadRow, Conversation, Turn
+from dist_sft.row_fields import BadRow
+from dist_sft.rows import Conversation, Turn
 from dist_sft.templates import MaskError, Piece, fingerprint
 from dist_sft.tokens import control_tokens
 

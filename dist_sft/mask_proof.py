@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from dist_sft.rows import BadRow
+from dist_sft.row_fields import BadRow
 from dist_sft.templates import MaskError
 from dist_sft.tokens import Codec
 

@@ -1,19 +1,27 @@
 """Rows of any known shape -> one `Conversation`. Knows data formats, nothing of tokens."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 from dist_sft.errors import UserError
+from dist_sft.row_fields import (
+    COLUMNS,
+    BadRow,
+    check_text,
+    decode_json,
+    has,
+    is_absent,
+    read_optional_turns,
+    read_text,
+    read_turns,
+    refuse,
+    shorten,
+)
 
 Role = Literal["system", "user", "assistant", "tool"]
 
 FORMATS = ("auto", "alpaca", "messages", "sharegpt", "prompt_completion")
-COLUMNS = (
-    "instruction/input/output (alpaca), messages (messages), conversations (sharegpt), "
-    "prompt/completion (prompt_completion)"
-)
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -38,17 +46,6 @@ ROLES: dict[str, Role] = {
 CALL_ROLES = ("function_call", "tool_call")
 # Part of what the assistant said. Dropping them would silently change the answer that is learned.
 UNSUPPORTED_MESSAGE_KEYS = ("reasoning_content", "reasoning", "thinking", "refusal", "audio")
-
-
-class BadRow(ValueError):
-    """Say what is wrong with one row; `reason` is a short stable slug to count by."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
-        return type(self), (self.reason, str(self))
 
 
 class ToolCall(NamedTuple):
@@ -113,49 +110,53 @@ def parse(row: Mapping[str, Any], format: str = "auto", *, answered: bool = True
 def _detect(row: Mapping[str, Any]) -> str:
     """Name the format by the columns that hold something."""
     found = []
-    if _has(row, "messages"):
+    if has(row, "messages"):
         found.append("messages")
-    if _has(row, "conversations"):
+    if has(row, "conversations"):
         found.append("sharegpt")
-    if _has(row, "instruction"):
+    if has(row, "instruction"):
         found.append("alpaca")
-    if _has(row, "prompt") and not found:
+    if has(row, "prompt") and not found:
         # Many Alpaca and chat files carry a rendered `prompt` column besides their own.
         found.append("prompt_completion")
     if len(found) == 1:
         return found[0]
     if found:
-        _bad(row, "ambiguous_columns", f"fits several formats ({', '.join(found)}); set format")
-    _bad(row, "wrong_columns", f"fits no known format; allowed columns: {COLUMNS}")
+        refuse(row, "ambiguous_columns", f"fits several formats ({', '.join(found)}); set format")
+    refuse(row, "wrong_columns", f"fits no known format; allowed columns: {COLUMNS}")
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> Conversation:
     turns = []
-    if system := _text(row, "system", required=False):
+    if system := read_text(row, "system", required=False):
         turns.append(Turn("system", system))
-    for pair in _optional_list(row, "history"):
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and _all_text(pair)):
-            _bad(row, "bad_history", "history must be a list of [question, answer] pairs of text")
+    for pair in read_optional_turns(row, "history"):
+        if not (
+            isinstance(pair, Sequence)
+            and len(pair) == 2
+            and all(isinstance(text, str) for text in pair)
+        ):
+            refuse(row, "bad_history", "history must be a list of [question, answer] pairs of text")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    instruction = _text(row, "instruction")
-    turns.append(Turn("user", instruction, input=_text(row, "input", required=False)))
-    if output := _text(row, "output", required=False):
+    instruction = read_text(row, "instruction")
+    turns.append(Turn("user", instruction, input=read_text(row, "input", required=False)))
+    if output := read_text(row, "output", required=False):
         turns.append(Turn("assistant", output))
     return Conversation(tuple(turns), _tools(row))
 
 
 def _from_messages(row: Mapping[str, Any]) -> Conversation:
-    messages = _list(row, "messages")
+    messages = read_turns(row, "messages")
     return Conversation(tuple(_message(row, m) for m in messages), _tools(row))
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> Conversation:
     turns = []
-    if system := _text(row, "system", required=False):
+    if system := read_text(row, "system", required=False):
         turns.append(Turn("system", system))
-    for item in _list(row, "conversations"):
+    for item in read_turns(row, "conversations"):
         if not isinstance(item, Mapping):
-            _bad(row, "bad_turn", f"a turn must be an object, got {type(item).__name__}")
+            refuse(row, "bad_turn", f"a turn must be an object, got {type(item).__name__}")
         if "from" in item:
             turns.append(
                 _message(row, {**item, "role": item["from"], "content": item.get("value")})
@@ -169,29 +170,29 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     turns: list[Turn] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = row.get(key)
-        if _absent(value):
+        if is_absent(value):
             if key == "prompt":
-                _bad(row, "wrong_columns", f"has no prompt; allowed columns: {COLUMNS}")
+                refuse(row, "wrong_columns", f"has no prompt; allowed columns: {COLUMNS}")
         elif isinstance(value, str):
-            turns.append(Turn(ROLES[role], _text(row, key)))
+            turns.append(Turn(ROLES[role], read_text(row, key)))
         else:
-            turns += [_message(row, message) for message in _list(row, key)]
+            turns += [_message(row, message) for message in read_turns(row, key)]
     return Conversation(tuple(turns), _tools(row))
 
 
 def _message(row: Mapping[str, Any], message: object) -> Turn:
     """Read one message in OpenAI's words: role, content, tool_calls."""
     if not isinstance(message, Mapping):
-        _bad(row, "bad_turn", f"a turn must be an object, got {type(message).__name__}")
+        refuse(row, "bad_turn", f"a turn must be an object, got {type(message).__name__}")
     name = message.get("role")
     if name in CALL_ROLES:
         return Turn("assistant", "", _calls(row, message.get("content")))
     if not isinstance(name, str) or name not in ROLES:
         allowed = ", ".join((*ROLES, *CALL_ROLES))
-        _bad(row, "wrong_role", f"has a turn with role {name!r}; allowed: {allowed}")
+        refuse(row, "wrong_role", f"has a turn with role {name!r}; allowed: {allowed}")
     for key in UNSUPPORTED_MESSAGE_KEYS:
         if message.get(key):
-            _bad(row, "unsupported_field", f"has a turn with {key!r}: move it into content")
+            refuse(row, "unsupported_field", f"has a turn with {key!r}: move it into content")
     role = ROLES[name]
     content = _content(row, message.get("content"), role)
     calls = () if role != "assistant" else _message_calls(row, message)
@@ -200,36 +201,36 @@ def _message(row: Mapping[str, Any], message: object) -> Turn:
 
 def _message_calls(row: Mapping[str, Any], message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     calls = message.get("tool_calls")
-    if not _absent(calls):
+    if not is_absent(calls):
         return _calls(row, calls)
     legacy = message.get("function_call")
-    return () if _absent(legacy) else _calls(row, legacy)
+    return () if is_absent(legacy) else _calls(row, legacy)
 
 
 def _weight(row: Mapping[str, Any], message: Mapping[str, Any]) -> int:
     """Read OpenAI's per-message weight: 0 keeps an assistant turn from being learned."""
     weight = message.get("weight")
-    if _absent(weight):
+    if is_absent(weight):
         return 1
     if weight not in (0, 1):
-        _bad(row, "bad_weight", f"has a turn with weight {weight!r}; allowed: 0, 1")
+        refuse(row, "bad_weight", f"has a turn with weight {weight!r}; allowed: 0, 1")
     return int(weight)
 
 
 def _content(row: Mapping[str, Any], content: object, role: Role) -> str:
     """Read text, a list of text parts, or nothing; a tool may also answer with JSON."""
-    if _absent(content):
+    if is_absent(content):
         return ""
     if isinstance(content, str):
-        return _checked(row, "content", content)
+        return check_text(row, "content", content)
     if isinstance(content, Sequence) and all(_is_text_part(part) for part in content):
-        return _checked(row, "content", "".join(part["text"] for part in content))
+        return check_text(row, "content", "".join(part["text"] for part in content))
     if role == "tool" and isinstance(content, Mapping):
-        return _checked(row, "content", json.dumps(content, ensure_ascii=False))
-    _bad(
+        return check_text(row, "content", json.dumps(content, ensure_ascii=False))
+    refuse(
         row,
         "not_text",
-        f"has a {role} turn whose content is {_short(content)}; allowed: text, or a list of "
+        f"has a {role} turn whose content is {shorten(content)}; allowed: text, or a list of "
         '{"type": "text", "text": ...} parts',
     )
 
@@ -244,7 +245,7 @@ def _is_text_part(part: object) -> bool:
 
 def _calls(row: Mapping[str, Any], value: object) -> tuple[ToolCall, ...]:
     """Read tool calls: one or a list, as objects or JSON text, with or without `function`."""
-    value = _json(row, value, "tool call")
+    value = decode_json(row, value, "tool call")
     if not isinstance(value, Sequence):
         value = [value]
     calls = []
@@ -252,44 +253,37 @@ def _calls(row: Mapping[str, Any], value: object) -> tuple[ToolCall, ...]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
-            _bad(row, "bad_tool_call", f"has a tool call without a name: {_short(call)}")
+            refuse(row, "bad_tool_call", f"has a tool call without a name: {shorten(call)}")
         arguments = function.get("arguments", function.get("parameters"))
         calls.append(ToolCall(name, _arguments(row, name, arguments)))
     return tuple(calls)
 
 
 def _arguments(row: Mapping[str, Any], name: str, value: object) -> Mapping[str, Any]:
-    arguments = {} if _absent(value) else _json(row, value, "tool call's arguments")
+    arguments = {} if is_absent(value) else decode_json(row, value, "tool call's arguments")
     if not isinstance(arguments, Mapping):
-        _bad(row, "bad_tool_call", f"has arguments of {name} that are no JSON object")
+        refuse(row, "bad_tool_call", f"has arguments of {name} that are no JSON object")
     if isinstance(value, Mapping):
         # Tables with one schema for all rows fill the keys of other calls with null.
         arguments = {key: item for key, item in arguments.items() if item is not None}
-    _checked(row, "tool call", json.dumps([name, arguments], ensure_ascii=False))
+    check_text(row, "tool call", json.dumps([name, arguments], ensure_ascii=False))
     return arguments
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     value = row.get("tools")
-    if _absent(value) or value == "":
+    if is_absent(value) or value == "":
         return ()
-    tools = _json(row, value, "tools")
+    tools = decode_json(row, value, "tools")
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        _bad(row, "bad_tools", "tools must be a list of JSON schemas, or such a list as JSON text")
-    _checked(row, "tools", json.dumps(tools, ensure_ascii=False, default=str))
+        refuse(
+            row, "bad_tools", "tools must be a list of JSON schemas, or such a list as JSON text"
+        )
+    check_text(row, "tools", json.dumps(tools, ensure_ascii=False, default=str))
     # Chat templates read OpenAI's form; many files hold the bare function.
     return tuple(
         {"type": "function", "function": tool} if "name" in tool else tool for tool in tools
     )
-
-
-def _json(row: Mapping[str, Any], value: object, what: str) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        _bad(row, "bad_json", f"has a {what} that is not JSON ({error}): {_short(value)}")
 
 
 def _check_order(turns: tuple[Turn, ...], row: Mapping[str, Any], answered: bool) -> None:
@@ -298,84 +292,24 @@ def _check_order(turns: tuple[Turn, ...], row: Mapping[str, Any], answered: bool
     for turn in turns:
         if turn.role == "assistant":
             if previous is None or previous.role == "system":
-                _bad(row, "assistant_first", "has an assistant turn that answers nothing")
+                refuse(row, "assistant_first", "has an assistant turn that answers nothing")
             if previous.role == "assistant":
-                _bad(row, "assistant_twice", "has two assistant turns in a row; join them")
+                refuse(row, "assistant_twice", "has two assistant turns in a row; join them")
             if not turn.tool_calls and not turn.content.strip():
-                _bad(row, "empty_answer", "has an assistant turn without text or tool call")
+                refuse(row, "empty_answer", "has an assistant turn without text or tool call")
         elif turn.role == "tool":
             # Hermes files write their calls as text, in the same words as chatml.
             called = previous is not None and (
                 previous.role == "tool" or previous.tool_calls or "<tool_call>" in previous.content
             )
             if not called:
-                _bad(row, "tool_without_call", "has a tool result without a tool call before it")
+                refuse(row, "tool_without_call", "has a tool result without a tool call before it")
         elif turn.role == "user" and not turn.text.strip():
-            _bad(row, "empty_prompt", "has a user turn without text")
+            refuse(row, "empty_prompt", "has a user turn without text")
         previous = turn
     if not any(turn.role == "user" for turn in turns):
-        _bad(row, "no_user", "has no user turn")
+        refuse(row, "no_user", "has no user turn")
     if answered and not any(turn.role == "assistant" for turn in turns):
-        _bad(row, "no_answer", "has no assistant turn: there is nothing to learn")
+        refuse(row, "no_answer", "has no assistant turn: there is nothing to learn")
     if answered and turns[-1].role != "assistant":
-        _bad(row, "unanswered", f"ends with a {turns[-1].role} turn: remove it or answer it")
-
-
-def _absent(value: object) -> bool:
-    """Tell whether a table's cell is empty: CSV and Parquet readers give None or NaN."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _has(row: Mapping[str, Any], key: str) -> bool:
-    return not _absent(row.get(key))
-
-
-def _all_text(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _text(row: Mapping[str, Any], key: str, *, required: bool = True) -> str:
-    value = row.get(key)
-    if _absent(value):
-        if required:
-            _bad(row, "wrong_columns", f"has no {key!r}; allowed columns: {COLUMNS}")
-        return ""
-    if not isinstance(value, str):
-        _bad(row, "not_text", f"has {key} = {_short(value)}, which is not text")
-    return _checked(row, key, value)
-
-
-def _checked(row: Mapping[str, Any], key: str, text: str) -> str:
-    """Refuse halves of surrogate pairs: no tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        _bad(row, "invalid_unicode", f"has {key} that is not valid Unicode ({error.reason})")
-    return text
-
-
-def _list(row: Mapping[str, Any], key: str) -> Sequence[Any]:
-    values = _optional_list(row, key)
-    if not values:
-        _bad(row, "wrong_columns", f"has no turns in {key!r}; allowed columns: {COLUMNS}")
-    return values
-
-
-def _optional_list(row: Mapping[str, Any], key: str) -> Sequence[Any]:
-    value = row.get(key)
-    if _absent(value):
-        return ()
-    if isinstance(value, str):
-        value = _json(row, value, key)
-    if not isinstance(value, Sequence):
-        _bad(row, "bad_turns", f"has {key} = {_short(value)}; allowed: a list of turns")
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _bad(row: Mapping[str, Any], reason: str, problem: str) -> NoReturn:
-    raise BadRow(reason, f"the row with columns {', '.join(map(str, row))} {problem}")
+        refuse(row, "unanswered", f"ends with a {turns[-1].role} turn: remove it or answer it")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_sft.errors import UserError
 from dist_sft.json_array import json_problem, not_utf8, read_json_array
-from dist_sft.rows import BadRow
+from dist_sft.row_fields import BadRow
 
 if TYPE_CHECKING:
     import datasets

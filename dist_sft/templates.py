@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from dist_sft.errors import UserError
-from dist_sft.rows import BadRow, Conversation, ToolCall, Turn
+from dist_sft.row_fields import BadRow
+from dist_sft.rows import Conversation, ToolCall, Turn
 
 
 class MaskError(UserError):

@@ -5,7 +5,8 @@ import pickle
 import pytest
 
 from dist_sft.errors import UserError
-from dist_sft.rows import CALL_ROLES, ROLES, BadRow, Conversation, ToolCall, Turn, parse
+from dist_sft.row_fields import BadRow
+from dist_sft.rows import CALL_ROLES, ROLES, Conversation, ToolCall, Turn, parse
 
 USER, ANSWER = Turn("user", "2 + 2?"), Turn("assistant", "4")
 CALL = ToolCall("get_weather", {"city": "巴黎", "days": 2})
