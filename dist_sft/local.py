@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_sft import node, runs
+from dist_sft import node, preflight, runs
 from dist_sft.config import Recipe, read_recipe
 from dist_sft.errors import UserError
 
@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the recipe, write the run folder, run the workers; return the exit code."""
+    """Check the recipe, write the run folder, run the workers; return the exit code.
+
+    A dry run refuses what a run would refuse. `--prepare` does not ask what this machine has: the
+    run folder that it writes may be started on another one, with `python -m dist_sft.node`. Nor
+    does a finished run: it needs nothing any more.
+    """
     options = parser().parse_intermixed_args(arguments)
     try:
         recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
@@ -37,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers = gpus or 1 if options.workers is None else options.workers
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
+        mistakes = preflight.missing_paths(recipe)
+        mistakes += preflight.machine_mistakes(recipe, workers, gpus)
+        if mistakes and not options.prepare and not runs.is_finished(Path(recipe.run_dir)):
+            raise UserError("\n".join(mistakes))
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED

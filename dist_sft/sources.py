@@ -7,12 +7,9 @@ is a `UserError`.
 
 import codecs
 import csv
-import difflib
 import hashlib
 import itertools
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_sft.errors import UserError
 from dist_sft.json_array import json_problem, not_utf8, read_json_array
+from dist_sft.paths import FILE_TYPES, is_local, near_matches
 from dist_sft.row_fields import BadRow
 
 if TYPE_CHECKING:
     import datasets
 
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 # A CSV without one of these in its first line has no header, whatever that line says.
 CSV_COLUMNS = ("instruction", "prompt", "messages", "conversations")
 MAX_CSV_CELL_CHARS = 1 << 26
 BOM = codecs.BOM_UTF8
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 Row = dict[str, Any] | BadRow
@@ -88,9 +84,9 @@ def open_source(path: str, *, split: str = "train", key: str = "data.train.0") -
         return _saved_folder(file, split, key)
     if file.is_file():
         return _plain_file(file, split, key)
-    if HUB_NAME.fullmatch(path) and file.suffix.lower() not in FILE_TYPES:
-        return _hub_dataset(path, split, key)
-    raise UserError(f"{key}.path={path}: no such file{_near_matches(file)}")
+    if is_local(path):
+        raise UserError(f"{key}.path={path}: no such file{near_matches(path)}")
+    return _hub_dataset(path, split, key)
 
 
 def content_hash(source: Source) -> str:
@@ -161,21 +157,11 @@ def _hub_dataset(name: str, split: str, key: str) -> Source:
         raise UserError(f"{key}.split={split}: {name} on the hub: {_first_line(error)}") from error
     except OSError as error:  # what ConnectionError and DatasetNotFoundError have in common
         raise UserError(
-            f"{key}.path={name}: neither a local file or folder{_near_matches(Path(name))} nor a "
+            f"{key}.path={name}: neither a local file or folder{near_matches(name)} nor a "
             f"data set that the hub or its local cache has ({_first_line(error)}). On a node "
             f"without a network give a local copy: {key}.path=/path/to/file.jsonl"
         ) from error
     return Source(name, key, (), dataset._fingerprint, lambda: _dataset_rows(dataset))
-
-
-def _near_matches(missing: Path) -> str:
-    folder = missing.parent
-    if not folder.is_dir():
-        return f" (the folder {folder} does not exist, seen from {Path.cwd()})"
-    near = difflib.get_close_matches(missing.name, sorted(os.listdir(folder)), n=3)
-    if not near:
-        return f" (looked in {folder.resolve()})"
-    return f"; did you mean {' or '.join(str(folder / name) for name in near)}?"
 
 
 def _first_line(error: BaseException) -> str:

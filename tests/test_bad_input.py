@@ -131,6 +131,7 @@ NVME = "{zero_optimization: {stage: 3, offload_param: {device: nvme}}}"
                                    "train_batch_size belongs in the recipe as train.batch_size"),
         ([f"deepspeed={NVME}"], "offload to nvme is not supported; allowed: cpu, none"),
         (["eval.every=5"], "set data.eval or data.eval_fraction"),
+        (["data.train.0.path=row.jsonl"], "data.train.0.path=row.jsonl: no such file or folder; "),
         (["trian.steps=3", "seed=x"], "2 mistakes in "),
     ],
 )  # fmt: skip

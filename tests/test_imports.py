@@ -48,7 +48,7 @@ def recipe(tmp_path: Path) -> Path:
     settings = {
         "run_dir": str(tmp_path / "run"),
         "model": {"path": "m"},
-        "data": {"train": [{"path": "a.json"}]},
+        "data": {"train": [{"path": str(path)}]},  # any file that is there
         "deepspeed": "zero2",
     }
     path.write_text(yaml.safe_dump(settings))

@@ -36,6 +36,8 @@ class Setup(NamedTuple):
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").touch()
     run_dir = tmp_path / "run"
     recipe = {
         "run_dir": str(run_dir),
@@ -229,6 +231,7 @@ def test_as_many_workers_as_gpus(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
         (["seed=-1"], "seed: got -1; allowed: 0 or more"),
         (["lr"], "override 'lr' is not of the form dotted.key=value"),
         (["run_dir=" + "x" * 300], "cannot be written: File name too long"),
+        (["--dry-run", "data.train.0.path=b.json"], "data.train.0.path=b.json: no such file"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(
@@ -289,6 +292,7 @@ def finished(setup: Setup, code: int = runs.FINISHED, steps: int = 1) -> None:
 
 def test_a_finished_run_says_so(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
     finished(setup)
+    setup.recipe.with_name("a.json").unlink()  # and needs its data no more
     capsys.readouterr()
     assert setup.launch() == runs.FINISHED
     assert capsys.readouterr().out == (

@@ -1,0 +1,66 @@
+"""What a launcher can refuse before there is a run folder: without torch, and at once.
+
+Only what is certain. A name that may be on the hub, and what is in a file, are for the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from dist_sft.config import Recipe
+from dist_sft.paths import FILE_TYPES, is_local, near_matches
+
+
+def missing_paths(recipe: Recipe) -> list[str]:
+    """Return a line per path of the recipe that can only be a local one and does not exist.
+
+    For launchers whose ranks see the files that this machine sees.
+    """
+    return [
+        f"{key}={path}: no such file or folder; allowed: {allowed}{near_matches(path)}"
+        for key, path, allowed in _paths(recipe)
+        if is_local(path) and not os.path.exists(path)
+    ]
+
+
+def machine_mistakes(recipe: Recipe, workers: int, gpus: int) -> list[str]:
+    """Return a line per wish that this machine's GPUs, or their absence, cannot fulfil.
+
+    For launchers whose ranks run on this machine.
+    """
+    mistakes = []
+    if recipe.model.dtype == "float16" and not gpus:
+        mistakes.append(
+            f"model.dtype: float16 needs a GPU, and there is none here ({_visible()}); "
+            "allowed here: auto, float32, bfloat16"
+        )
+    if gpus and workers > gpus:
+        there_are = "there is 1 GPU" if gpus == 1 else f"there are {gpus} GPUs"
+        mistakes.append(
+            f"--workers: got {workers}, but {there_are} here ({_visible()}) and every worker needs "
+            f"one of its own; allowed: 1 to {gpus}, or with CUDA_VISIBLE_DEVICES= (empty) any "
+            "number on CPU"
+        )
+    return mistakes
+
+
+def _paths(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Yield dotted key, value and what is allowed."""
+    rows = f"a {', '.join(FILE_TYPES)} file, a folder written by Dataset.save_to_disk, a hub name"
+    for kind, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for number, source in enumerate(sources):
+            yield f"data.{kind}.{number}.path", source.path, rows
+    templates = "human-assistant, alpaca, chatml, tokenizer, a Jinja file"
+    yield "data.template", recipe.data.template, templates
+    model = "a folder with config.json and safetensors weights, a finished run folder, a hub name"
+    if recipe.model.path is not None:
+        yield "model.path", recipe.model.path, model
+    if recipe.model.tokenizer is not None:
+        tokenizer = "a folder with tokenizer.json, a hub name"
+        yield "model.tokenizer", recipe.model.tokenizer, tokenizer
+
+
+def _visible() -> str:
+    name = "CUDA_VISIBLE_DEVICES"
+    return f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"
