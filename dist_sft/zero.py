@@ -107,25 +107,6 @@ class DeepSpeed(_Json):
 
     zero_optimization: ZeroOptimization
 
-    @model_validator(mode="before")
-    @classmethod
-    def _sharding_only(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        mistakes = []
-        for key in value.keys() - {"zero_optimization"}:
-            if key in BELONGS_TO_RECIPE:
-                mistakes.append(f"{key} belongs in the recipe as {BELONGS_TO_RECIPE[key]}")
-            else:
-                near = difflib.get_close_matches(key, ["zero_optimization"], n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                mistakes.append(f"unknown key {key}{hint}")
-        if mistakes:
-            raise ValueError(
-                f"the DeepSpeed file holds zero_optimization only: {'; '.join(sorted(mistakes))}"
-            )
-        return value
-
 
 def shipped() -> dict[str, Path]:
     """Return the sharding strategies that come with dist_sft, by name."""
@@ -137,15 +118,27 @@ def shipped() -> dict[str, Path]:
 
 
 def load_deepspeed(value: Any) -> Any:
-    """Replace a strategy's name or file by its content, so that config.json stands alone."""
-    if not isinstance(value, str):
-        return value
+    """Replace a strategy's name or file by its content, so that config.json stands alone.
+
+    Raises ValueError for what cannot be read, and for keys that have their place in the recipe:
+    here it is still known which file they are in.
+    """
+    content = _read(value) if isinstance(value, str) else value
+    if isinstance(content, dict):
+        keys = sorted(str(key) for key in content.keys() - {"zero_optimization"})
+        mistakes = [_misplaced(key) for key in keys]
+        if mistakes:
+            raise ValueError(f"only zero_optimization is allowed here: {'; '.join(mistakes)}")
+    return content
+
+
+def _read(name: str) -> Any:
     names = shipped()
-    path = names.get(value, Path(os.path.expanduser(value)))
+    path = names.get(name, Path(os.path.expanduser(name)))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
-        near = difflib.get_close_matches(value, names, n=1)
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"no file of this name; allowed: a JSON file, null, {', '.join(names)}"
                          f"{hint}") from None  # fmt: skip
@@ -153,3 +146,13 @@ def load_deepspeed(value: Any) -> Any:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the file is not valid JSON: {error}") from None
+
+
+def _misplaced(key: str) -> str:
+    place = BELONGS_TO_RECIPE.get(key)
+    if place is None:
+        near = difflib.get_close_matches(key, ["zero_optimization"], n=1)
+        return f"unknown key {key}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if place.startswith("nothing: "):
+        return f"{key} can go, {place.removeprefix('nothing: ')}"
+    return f"{key} belongs in the recipe as {place}"

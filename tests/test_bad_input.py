@@ -127,7 +127,7 @@ NVME = "{zero_optimization: {stage: 3, offload_param: {device: nvme}}}"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["deepspeed=batch.json"], "deepspeed: the DeepSpeed file holds zero_optimization only: "
+        (["deepspeed=batch.json"], "/batch.json': only zero_optimization is allowed here: "
                                    "train_batch_size belongs in the recipe as train.batch_size"),
         ([f"deepspeed={NVME}"], "offload to nvme is not supported; allowed: cpu, none"),
         (["eval.every=5"], "set data.eval or data.eval_fraction"),

@@ -297,18 +297,17 @@ def test_what_may_change_are_settings_that_exist() -> None:
               "{zero_optimization: ...}"),
         (
             SHARDING | {"train_batch_size": 32, "gradient_clipping": 1.0},
-            "deepspeed: the DeepSpeed file holds zero_optimization only: gradient_clipping belongs "
-            "in the recipe as optimizer.clip; train_batch_size belongs in the recipe as "
-            "train.batch_size",
+            "deepspeed: only zero_optimization is allowed here: gradient_clipping belongs in the "
+            "recipe as optimizer.clip; train_batch_size belongs in the recipe as train.batch_size",
         ),
         (
             {"zero_optimisation": {"stage": 2}},
-            "deepspeed: the DeepSpeed file holds zero_optimization only: unknown key "
-            "zero_optimisation (did you mean 'zero_optimization'?)",
+            "deepspeed: only zero_optimization is allowed here: unknown key zero_optimisation "
+            "(did you mean 'zero_optimization'?)",
         ),
         (
-            SHARDING | {"x": 1},
-            "deepspeed: the DeepSpeed file holds zero_optimization only: unknown key x",
+            SHARDING | {"x": 1, 2: 3},
+            "deepspeed: only zero_optimization is allowed here: unknown key 2; unknown key x",
         ),
         (
             {"zero_optimization": {"stage": 4}},
@@ -349,6 +348,8 @@ def test_refuses_a_deepspeed_file_that_says_too_much(
     if as_file:
         given = str(tmp_path / "ds.json")
         Path(given).write_text(json.dumps(content))
+        # Keys at its top have a place elsewhere: which file they have to leave is a part of that.
+        message = message.replace(": only zero", f": {given!r}: only zero")
     assert mistake(deepspeed=given) == message
 
 
@@ -374,8 +375,13 @@ def test_names_the_strategies_that_exist(missing: str) -> None:
 
 
 def test_every_key_that_deepspeed_would_read_has_a_place_in_the_recipe() -> None:
-    for key in zero.BELONGS_TO_RECIPE:
-        assert f"{key} belongs in the recipe as" in mistake(deepspeed=SHARDING | {key: 1})
+    for key, place in zero.BELONGS_TO_RECIPE.items():
+        line = mistake(deepspeed=SHARDING | {key: 1})
+        head = "deepspeed: only zero_optimization is allowed here: "
+        if place.startswith("nothing: "):
+            assert line == f"{head}{key} can go, {place.removeprefix('nothing: ')}"
+        else:
+            assert line == f"{head}{key} belongs in the recipe as {place}"
 
 
 @pytest.mark.parametrize(
