@@ -43,9 +43,12 @@ def _from_home(path: str) -> str:
 # Only shells know what `~` means, and they leave it alone in YAML and behind `run_dir=`.
 PathText = Annotated[str, AfterValidator(_from_home)]
 
-# What may differ when a run is continued: it never changes what is learned.
+# What may differ when a run is continued, with all that is below it: it never changes what is
+# learned. A checkpoint holds the state by parameter name and can be read into any sharding.
 MAY_CHANGE = frozenset(
     {
+        "data.cache_dir",
+        "deepspeed",
         "train.tokens_per_micro_batch",
         "model.gradient_checkpointing",
         "checkpoint.every",
@@ -313,6 +316,11 @@ def difference(old: Recipe, new: Recipe) -> dict[str, str]:
     """Return the settings in which two recipes differ as key: "old -> new"; run_dir is none."""
     before, after = (recipe.model_dump(mode="json", exclude={"run_dir"}) for recipe in (old, new))
     return dict(_changes(before, after, ""))
+
+
+def may_change(key: str) -> bool:
+    """Tell whether a key of `difference` may differ when a run is continued."""
+    return any(key == setting or key.startswith(f"{setting}.") for setting in MAY_CHANGE)
 
 
 def _changes(old: Any, new: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_sft.config import MAY_CHANGE, Recipe, difference, read_config_json
+from dist_sft.config import Recipe, difference, may_change, read_config_json
 from dist_sft.errors import UserError
 
 FINISHED = 0
@@ -84,7 +84,7 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
 def _check_settings(run_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     changes = difference(read_config_json(run_dir), recipe)
     listed = [f"{key}: {change}" for key, change in changes.items()]
-    if changes.keys() <= MAY_CHANGE:
+    if all(may_change(key) for key in changes):
         if changes:
             say("\n  ".join([f"{run_dir} continues with other settings:", *listed]))
     elif _nothing_was_learned(run_dir):

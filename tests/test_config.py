@@ -19,6 +19,7 @@ from dist_sft.config import (
     Source,
     check,
     difference,
+    may_change,
     read_config_json,
     read_recipe,
 )
@@ -284,6 +285,27 @@ def test_foreign_names_lead_to_keys_that_exist() -> None:
 
 def test_what_may_change_are_settings_that_exist() -> None:
     assert settings_of(Recipe).keys() >= MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({"deepspeed": None}, True),
+        ({"deepspeed": "zero3-offload"}, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}}, True),
+        ({"trackers": ["wandb", "mlflow"]}, True),
+        ({"data__cache_dir": "/scratch"}, True),
+        ({"train__tokens_per_micro_batch": 1}, True),
+        ({"train__batch_size": 1}, False),
+        ({"data__max_length": 1}, False),
+        ({"deterministic": True}, False),
+    ],
+)
+def test_what_may_change_includes_all_that_is_below(changes: dict[str, Any], allowed: bool) -> None:
+    before = {"deepspeed": "zero2", "trackers": ["tensorboard"]}
+    keys = difference(recipe(**before), recipe(**before | changes))
+    assert keys
+    assert all(may_change(key) for key in keys) == allowed
 
 
 # ---- DeepSpeed -------------------------------------------------------------------------------

@@ -334,6 +334,19 @@ def test_a_run_continues_with_less_memory(setup: Setup, capsys: pytest.CaptureFi
     assert read_config_json(setup.run_dir).train.tokens_per_micro_batch == 2048
 
 
+def test_a_run_continues_under_another_sharding(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished(setup, runs.STOPPED)
+    assert setup.launch("--prepare", "deepspeed=zero2") == 0
+    capsys.readouterr()
+    assert setup.launch("--prepare", "deepspeed=zero3", "data.cache_dir=cache") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{setup.run_dir} continues with other settings:\n")
+    assert '  data.cache_dir: null -> "cache"\n' in printed
+    assert "  deepspeed.zero_optimization.stage: 2 -> 3\n" in printed
+
+
 def test_a_refused_attempt_does_not_cost_the_run_folder(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
