@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_sft.chat import BadRow, Dropped, Encoder, Outcome, Sample
+from dist_sft.digests import remembered_sha256
 from dist_sft.errors import UserError
 from dist_sft.once import make_once
 from dist_sft.sources import Batch, Source, content_hash
@@ -27,7 +29,6 @@ from dist_sft.store import (
     Store,
     StoreFile,
     StoreMeta,
-    Verify,
 )
 
 BATCH_ROWS = 1024
@@ -45,26 +46,28 @@ def build_or_open(
     name: str,
     row_format: str = "auto",
     on_bad_row: OnBadRow = "error",
-    verify: Verify = "sha256",
     progress: Callable[[int], None] = lambda rows: None,
     say: Callable[[str], None] = print,
 ) -> Store:
     """Return the store of `source`, encoding it first where `cache_dir` has no undamaged one.
 
     Processes that ask for the same store at the same time wait on a lock file until the first has
-    built it; call this outside of any collective. `name` is the source's name in messages and
-    metrics, `progress` gets the number of rows read so far, `say` a line for a person.
+    built it; call this outside of any collective. What did not change since it was last read
+    through, source or store, is not read again: `remembered_sha256` says what goes unnoticed.
+    `name` is the source's name in messages and metrics, `progress` gets the number of rows read so
+    far, `say` a line for a person.
 
     Raises UserError for an unreadable source, for a broken row with `on_bad_row="error"`, and where
     no row is left; then nothing is left behind.
     """
-    stamps = source.stamps()
-    settings = (content_hash(source), encoder.fingerprint, row_format, on_bad_row)
-    identity = json.dumps([FORMAT_VERSION, *settings])
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir={cache_dir}: not a folder to write to: {error}") from error
+    digest = partial(remembered_sha256, folder=cache_dir / "digests")
+    stamps = source.stamps()
+    settings = (content_hash(source, digest), encoder.fingerprint, row_format, on_bad_row)
+    identity = json.dumps([FORMAT_VERSION, *settings])
     path = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def build(folder: Path) -> None:
@@ -79,7 +82,7 @@ def build_or_open(
     return make_once(
         path,
         make=build,
-        load=lambda: Store.open(path, name=name, verify=verify),
+        load=lambda: Store.open(path, name=name, digest=digest),
         what=f"{name}: the encoded data",
         say=say,
     )

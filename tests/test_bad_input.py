@@ -229,8 +229,8 @@ def test_after_a_mistake_the_same_folder_serves_the_repaired_recipe(
 
 
 def stores(place: Place) -> list[Path]:
-    """List what is in the cache, but for lock files."""
-    return [path for path in place.cache.glob("*") if path.suffix != ".lock"]
+    """List what is in the cache, but for lock files and remembered digests."""
+    return [p for p in place.cache.glob("*") if p.suffix != ".lock" and p.name != "digests"]
 
 
 # ---- data ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Encoded once, by one process, under a name that follows the content; damage is noticed."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_sft import once
+from dist_sft import digests, once
 from dist_sft.chat import BadRow, Dropped, MaskError, Sample
+from dist_sft.digests import sha256
 from dist_sft.encoding import BATCH_ROWS, build_or_open
 from dist_sft.errors import UserError
 from dist_sft.once import DamagedError, make_once
@@ -230,7 +232,7 @@ def test_damage_is_noticed_and_repaired(source, cache, name, damage):
     content = (whole.path / name).read_bytes()
     DAMAGES[damage](whole.path / name)
     with pytest.raises(DamagedError, match=re.escape(str(whole.path))):
-        Store.open(whole.path, name="n", verify="sha256")
+        Store.open(whole.path, name="n", digest=sha256)
     lines = []
     again = build(source, cache, say=lines.append)
     assert len(lines) == 1
@@ -242,10 +244,10 @@ def test_damage_is_noticed_and_repaired(source, cache, name, damage):
 def test_checking_sizes_only_reads_nothing(source, cache, name):
     store = build(source, cache)
     flip(store.path / name)
-    Store.open(store.path, name="n", verify="size")
+    Store.open(store.path, name="n")
     cut(store.path / name)
     with pytest.raises(DamagedError, match="bytes instead of"):
-        Store.open(store.path, name="n", verify="size")
+        Store.open(store.path, name="n")
 
 
 def test_a_changed_number_in_the_meta_data(source, cache):
@@ -260,6 +262,24 @@ def test_a_store_of_another_version(source, cache):
     replace(store.meta, files={}).write(store.path)
     with pytest.raises(DamagedError, match="written by another version"):
         Store.open(store.path, name="n")
+
+
+def test_what_was_read_through_before_is_not_read_again(source, cache, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
+    store = build(source, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", None)
+        assert build(source, cache).path == store.path
+    # A flipped byte is noticed all the same, also with the time of modification put back.
+    tokens = store.path / "tokens.u32"
+    whole, before = tokens.read_bytes(), tokens.stat()
+    time.sleep(0.1)  # longer than a tick of the file system's clock
+    flip(tokens)
+    os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))
+    lines = []
+    build(source, cache, say=lines.append)
+    assert "damaged" in lines[0]
+    assert tokens.read_bytes() == whole
 
 
 # ---- several processes -----------------------------------------------------------------------
