@@ -32,6 +32,11 @@ class Batch:
     tokens: int
     """Real tokens, padding not counted."""
 
+    @property
+    def computed(self) -> int:
+        """Tokens with padding; a row's last one counts although it is only ever a target."""
+        return int(self.inputs["input_ids"].numel()) + len(self.samples)
+
 
 def collate(
     dataset: Dataset, samples: NDArray[np.int64], *, packed: bool, device: torch.device

@@ -13,7 +13,6 @@ read back by range, never unpickled.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -27,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_sft import shards
+from dist_sft import once, shards, world
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
 from dist_sft.runs import write_atomically
@@ -61,7 +60,7 @@ def save(
     rank = dist.get_rank()
     final = folder_of(run_dir, step)
     # One rank looks: file systems may show ranks different things, and all must do the same.
-    if from_rank_0(final.exists() if rank == 0 else None):
+    if world.from_rank_0(final.exists() if rank == 0 else None):
         return final
     temporary = final.with_name(f".{final.name}.tmp")
     if rank == 0:
@@ -76,7 +75,7 @@ def save(
         for key, tensor in fragment.tensors.items():
             tensors[f"{fragment.name}|{key}|{fragment.start}"] = tensor.contiguous()
     save_file(tensors, temporary / file)
-    _flush(temporary / file)
+    once.sync(temporary / file)
     index: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(index, (file, pieces, (temporary / file).stat().st_size))
     if rank == 0:
@@ -91,7 +90,7 @@ def save(
         }
         write_atomically(temporary / "manifest.json", json.dumps(manifest))
         temporary.rename(final)
-        _flush(final.parent)
+        once.sync(final.parent)
     dist.barrier()
     return final
 
@@ -152,20 +151,8 @@ class Reader:
         return self._open[name]
 
 
-def from_rank_0(value: Any) -> Any:
-    """Return on every rank what rank 0 has."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for step in steps(run_dir)[:-keep]:
         shutil.rmtree(folder_of(run_dir, step))
 
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

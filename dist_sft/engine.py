@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,10 @@ from dist_sft.optim import build_optimizer
 from dist_sft.zero import DeepSpeed
 
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# NCCL's own 10 minutes are too short for a large model that one rank reads from a slow disk.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Any number above 1 makes ZeRO 1 and 2 accumulate; where a step ends, micro_batch() says.
+ACCUMULATION = 2
 
 
 class Engine(Protocol):
@@ -143,10 +148,10 @@ def make_accelerator(recipe: Recipe, dtype: torch.dtype, project_dir: Path) -> A
     """
     on_gpu = torch.cuda.is_available()
     # accelerate splits CPU ranks into worlds of one unless it is given the backend.
-    backend = InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")
+    group = InitProcessGroupKwargs("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
     common: dict[str, Any] = {
         "mixed_precision": PRECISION[dtype],
-        "kwargs_handlers": [backend],
+        "kwargs_handlers": [group],
         "log_with": list(recipe.trackers) or None,
         "project_dir": project_dir,
     }
@@ -155,7 +160,8 @@ def make_accelerator(recipe: Recipe, dtype: torch.dtype, project_dir: Path) -> A
     # An op that DeepSpeed would compile for a minute at almost every start, for nothing here.
     deepspeed_ops["deepspeed_shm_comm"] = False
     config = deepspeed_config(recipe.deepspeed, dtype, recipe.optimizer.clip)
-    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), **common)
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    return Accelerator(gradient_accumulation_steps=ACCUMULATION, deepspeed_plugin=plugin, **common)
 
 
 def deepspeed_config(sharding: DeepSpeed, dtype: torch.dtype, clip: float | None) -> dict[str, Any]:
@@ -163,8 +169,7 @@ def deepspeed_config(sharding: DeepSpeed, dtype: torch.dtype, clip: float | None
     config = sharding.model_dump(exclude_none=True)
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        # Any number above 1 makes ZeRO 1 and 2 accumulate; where a step ends, micro_batch() says.
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": clip or 0.0,  # left out, it would be 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler

@@ -1,17 +1,46 @@
-"""Turn a checkpoint into a Hugging Face folder, one parameter in memory at a time."""
+"""Turn a checkpoint into a Hugging Face folder, one output shard in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dist_sft.checkpoint import Reader
 
 SHARD_BYTES = 5 * 2**30
+BUFFERS = "buffers.safetensors"
+
+
+def write_model_files(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+) -> None:
+    """Write everything of a Hugging Face folder but the trained parameters.
+
+    Generation will stop at `stop_ids`, the end tokens of the template that was learned. Buffers
+    that belong to the weights (they are equal on all ranks) go into a file of their own.
+    """
+    model.config.save_pretrained(folder)
+    generation = deepcopy(model.generation_config) or GenerationConfig()
+    generation.eos_token_id = list(stop_ids)
+    # Not save_pretrained: that refuses what published models contain, a temperature without
+    # sampling for one.
+    generation.to_json_file(folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
+    buffers = {name: state[name].cpu() for name in state if name not in parameters}
+    if buffers:
+        save_file(buffers, folder / BUFFERS)
 
 
 def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
@@ -24,6 +53,10 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint / "model", temporary)
     _set_dtype(temporary / "config.json", dtype)
+    buffers = {}
+    if (temporary / BUFFERS).exists():
+        buffers = load_file(temporary / BUFFERS)
+        (temporary / BUFFERS).unlink()
     shards = _plan_shards(reader.manifest["shapes"], dtype, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -31,8 +64,10 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: reader.tensor(name).to(dtype) for name in names}
+        if number == len(shards):
+            tensors |= buffers  # in their own dtype, as transformers keeps them
         save_file(tensors, temporary / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

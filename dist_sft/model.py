@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -113,7 +114,19 @@ def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTra
             f"model.path: in {model.path or folder}, config.json and the weights do not belong "
             f"together: {len(gaps)} weights are missing or have other sizes, such as {gaps[0]}"
         )
-    loaded.config.use_cache = False
+    frozen = [name for name, p in loaded.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise UserError(
+            f"model.path: {model.path or folder} keeps {len(frozen)} parameters frozen, such as "
+            f"{frozen[0]}; dist_sft trains all of a model's parameters"
+        )
+    accepted = inspect.signature(loaded.forward).parameters.values()
+    if not any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in accepted):
+        raise UserError(
+            f"model.path: {type(loaded).__name__}.forward takes no logits_to_keep; a model with "
+            "code of its own needs that argument: the positions whose logits are wanted, a bool "
+            "tensor like input_ids"
+        )
     if model.gradient_checkpointing:
         loaded.activation_checkpointing_enable({"use_reentrant": False})
     loaded.train()

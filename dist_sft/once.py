@@ -87,14 +87,14 @@ def _temporary(path: Path) -> Path:
 
 
 def _commit(making: Path, path: Path) -> None:
-    _sync(making)
+    sync(making)
     try:
         making.rename(path)
     except OSError as error:
         # Something is there already: another maker was faster, with the same content.
         if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
             raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _discard(path: Path) -> None:
@@ -138,9 +138,9 @@ def _try_lock(file: BinaryIO) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,17 +19,35 @@ from dist_sft.errors import UserError
 from dist_sft.metrics import Clock
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
+from dist_sft.world import gather
 
 EVAL_EXAMPLES = 1024  # how many are laid out over the ranks at once
 
 
-def agree_on_step(batches: list[Batch], stop: StopFlag, device: torch.device) -> tuple[int, bool]:
-    """Add up the targets of the global batch, and learn whether any rank was asked to stop."""
+class Diverged(RuntimeError):
+    """Report a loss or gradient that is not finite."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step before they compute it."""
+
+    supervised: int
+    """Targets of the global batch, at least 1."""
+    computed: int
+    """Tokens that the model computes, with padding and fillers."""
+    stopping: bool
+    """Some rank was asked to stop."""
+
+
+def agree_on_step(batches: list[Batch], stop: StopFlag, device: torch.device) -> Agreed:
+    """Add up the tokens of the global batch, and learn whether any rank was asked to stop."""
     targets = sum(len(batch.targets) for batch in batches)
-    numbers = torch.tensor([targets, stop.reason is not None], dtype=torch.int64, device=device)
+    computed = sum(batch.computed for batch in batches)
+    mine = [targets, computed, stop.reason is not None]
+    numbers = torch.tensor(mine, dtype=torch.int64, device=device)
     dist.all_reduce(numbers)
-    supervised, stopping = numbers.tolist()
-    return max(1, supervised), stopping > 0
+    supervised, computed, stopping = numbers.tolist()
+    return Agreed(max(1, supervised), computed, stopping > 0)
 
 
 def run_micro_batches(
@@ -45,16 +66,12 @@ def run_micro_batches(
     losses = []
     for number, batch in enumerate(batches):
         torch.manual_seed(int(SeedSequence([*seed, number]).generate_state(1, "uint64")[0]))
-        try:
-            with engine.micro_batch(last=number == len(batches) - 1):
-                with clock("forward"):
-                    loss_sum = token_loss(engine, batch)
-                with clock("backward"):
-                    engine.backward(loss_sum, supervised)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise UserError(explain_memory(error, batch, number)) from error
-            raise
+        last = number == len(batches) - 1
+        with explaining_memory(batch, number), engine.micro_batch(last=last):
+            with clock("forward"):
+                loss_sum = token_loss(engine, batch)
+            with clock("backward"):
+                engine.backward(loss_sum, supervised)
         losses.append(loss_sum.detach().float())
     return losses
 
@@ -72,16 +89,25 @@ def token_loss(engine: Engine, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def evaluate(engine: Engine, feeder: Feeder, device: torch.device) -> float:
-    """Return the mean loss per supervised token over a whole evaluation set."""
+def evaluate(
+    engine: Engine, feeder: Feeder, stop: StopFlag, device: torch.device
+) -> float | None:
+    """Return the mean loss per supervised token over a whole evaluation set; None on a stop."""
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
+    stopping = False
     with torch.no_grad():
         for batches in feeder.all_in_order(EVAL_EXAMPLES):
-            for batch in batches:
-                total[0] += token_loss(engine, batch).double()
+            stopping = agree_on_step(batches, stop, device).stopping
+            if stopping:
+                break
+            for number, batch in enumerate(batches):
+                with explaining_memory(batch, number):
+                    total[0] += token_loss(engine, batch).double()
                 total[1] += len(batch.targets)
     engine.module.train()
+    if stopping:
+        return None
     dist.all_reduce(total)
     return float(total[0] / total[1])
 
@@ -93,25 +119,52 @@ def summed(values: Sequence[Tensor], device: torch.device) -> float:
     return float(total)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error means that memory ran out, on GPU or CPU."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
+@contextlib.contextmanager
+def explaining_memory(batch: Batch | None = None, number: int = 0) -> Iterator[None]:
+    """Turn running out of memory, on GPU or CPU, into a UserError that says what to try.
+
+    Without a micro-batch, it is the optimizer that ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        where, advice = _memory_advice(batch, number)
+        first_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"out of memory in {where}; {advice}; in a new run_dir or in this one, on more "
+            f"workers or with deepspeed: zero3, every one of them holds less\n{first_line}"
+        ) from error
 
 
-def explain_memory(error: Exception, batch: Batch, number: int) -> str:
-    """Say which micro-batch was too large, and what to try."""
+def _memory_advice(batch: Batch | None, number: int) -> tuple[str, str]:
+    if batch is None:
+        return "the optimizer's update", "try deepspeed: zero3-offload"
     rows = len(batch.samples)
+    where = f"micro-batch {number}: {batch.tokens} tokens in {rows} rows"
     if rows > 1:
         advice = f"try train.tokens_per_micro_batch: {batch.tokens // 2}"
     else:
-        advice = f"it is a single row: try data.max_length: {batch.tokens // 2}"
-    return (
-        f"out of memory in micro-batch {number}: {batch.tokens} tokens in {rows} rows; {advice}, "
-        "or model.gradient_checkpointing: true, or, in a new run_dir, deepspeed: zero3\n"
-        f"{str(error).partition(chr(10))[0]}"
-    )
+        advice = f"it is a single row: try data.max_length: {batch.tokens // 2} in a new run_dir"
+    return where, f"{advice}, or model.gradient_checkpointing: true"
+
+
+def check_finite(
+    value: float,
+    step: int,
+    batches: Sequence[Batch],
+    losses: Sequence[Tensor],
+    dataset: Dataset,
+) -> None:
+    """Raise Diverged on every rank, naming the rows of all ranks, for a value that is not finite.
+
+    `value`, the loss or the norm of the gradient, is equal on all ranks.
+    """
+    if not math.isfinite(value):
+        bad = gather(rows_of_bad_losses(batches, losses, dataset))
+        raise Diverged(explain_divergence(value, step, bad))
 
 
 def rows_of_bad_losses(

@@ -47,6 +47,11 @@ def load_words(model: Model, data: Data) -> Words:
     return Words(tokenizer, template, add_new_tokens(tokenizer, template))
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many embeddings the tokenizer needs; its ids may have gaps."""
+    return 1 + max(int(number) for number in tokenizer.get_vocab().values())
+
+
 def explain_missing(place: str, error: Exception) -> str:
     """Say in a line why nothing could be loaded from a folder or hub name."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]

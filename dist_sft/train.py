@@ -9,8 +9,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
 from dist_sft.errors import UserError
-from dist_sft.export import export
+from dist_sft.export import export, write_model_files
 from dist_sft.metrics import (
     Clock,
     Collectives,
@@ -39,22 +39,19 @@ from dist_sft.plan import summarize
 from dist_sft.runs import Outcome
 from dist_sft.step import (
     agree_on_step,
+    check_finite,
     evaluate,
-    explain_divergence,
-    rows_of_bad_losses,
+    explaining_memory,
     run_micro_batches,
     summed,
 )
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
 from dist_sft.tokenizer import Words, load_words, model_folder
+from dist_sft.trackers import start_trackers
 from dist_sft.world import Place
 
 PROFILED_EVERY = 200  # steps between looks at the collectives; a profiler costs time
-
-
-class Diverged(RuntimeError):
-    """Report a loss or gradient that is not finite."""
 
 
 def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
@@ -107,17 +104,47 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
         done = restore_newest(run_dir, engine, fingerprint, console)
-        track = start_trackers(accelerator, recipe)
+        track = start_trackers(accelerator, recipe, run_dir, done)
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
         if metrics:
             stack.callback(metrics.close)
         stack.callback(console.close)
 
+        stop_ids = data.make_encoder(recipe.data, words).stop_ids
+
         def save(step: int) -> None:
             facts = {"recipe": recipe.fingerprint(), "data": fingerprint}
-            checkpoint.save(run_dir, step, engine, facts, model_writer(engine, words))
+            write = partial(
+                write_model_files,
+                model=engine.module,
+                tokenizer=words.tokenizer,
+                stop_ids=stop_ids,
+            )
+            checkpoint.save(run_dir, step, engine, facts, write)
             if place.rank == 0:
                 checkpoint.prune(run_dir, recipe.checkpoint.keep)
+
+        def stopped(step: int) -> Outcome:
+            save(step)
+            by = stop.reason or "another rank"
+            return Outcome(runs.STOPPED, f"stopped by {by} after step {step}", step)
+
+        def evaluation() -> dict[str, float] | None:
+            """Return the loss of every evaluation set by name; None where a stop cut it short."""
+            losses = {}
+            for name, held_out in eval_feeders.items():
+                value = evaluate(engine, held_out, stop, place.device)
+                if value is None:
+                    return None
+                losses[name] = value
+            return losses
+
+        def tell(line: dict[str, Any]) -> None:
+            if metrics:
+                metrics.write(**line)
+            track(line)
+            important = "eval_loss" in line or line["step"] in (1, total)
+            console.step(line["step"], describe(line), important=important)
 
         outlook = summarize(
             plan, train_set.lengths, place.world, budget, packed=packed, steps=total,
@@ -132,41 +159,34 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         clock = Clock(place.device)
 
         # 6. The loop. Everything about a step follows from its number.
+        owed = evaluation_owed(run_dir, done, total, recipe) if eval_feeders else None
+        if owed:
+            evaluated = evaluation()
+            if evaluated is None:
+                return stopped(done)
+            tell(owed | {"eval_loss": evaluated})
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
             with clock("data"):
                 samples = plan.samples(step)
                 batches = feeder.micro_batches(samples)
             with clock("waiting"):
-                supervised, stopping = agree_on_step(batches, stop, place.device)
+                supervised, computed, stopping = agree_on_step(batches, stop, place.device)
             if stopping:
-                save(step - 1)
-                reason = stop.reason or "another rank"
-                return Outcome(runs.STOPPED, f"stopped by {reason} after step {step - 1}", step - 1)
+                return stopped(step - 1)
 
             profiled = place.rank == 0 and (step == done + 3 or step % PROFILED_EVERY == 0)
             with Collectives(place.device) if profiled else nullcontext() as collectives:
                 where = (recipe.seed, step, place.rank)
                 losses = run_micro_batches(engine, batches, supervised, clock, where)
                 loss = summed(losses, place.device) / supervised
-                if not math.isfinite(loss):
-                    raise Diverged(
-                        explain_divergence(
-                            loss, step, world.gather(rows_of_bad_losses(batches, losses, train_set))
-                        )
-                    )
+                check_finite(loss, step, batches, losses, train_set)
                 rate = learning_rate(step, total, recipe.optimizer)
                 set_learning_rate(engine, rate)
-                with clock("optimizer"):
+                with clock("optimizer"), explaining_memory():
                     grad_norm = engine.step()
-                if not math.isfinite(grad_norm) and not engine.skipped:
-                    raise Diverged(
-                        explain_divergence(
-                            grad_norm,
-                            step,
-                            world.gather(rows_of_bad_losses(batches, losses, train_set)),
-                        )
-                    )
+                if not engine.skipped:
+                    check_finite(grad_norm, step, batches, losses, train_set)
             seconds = time.perf_counter() - began
 
             # 7. Evaluate, tell, save.
@@ -179,6 +199,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 "examples": len(samples),
                 "tokens": int(lengths.sum()),
                 "supervised_tokens": supervised,
+                "computed_tokens": computed,
                 "seconds": seconds,
                 "phases": clock.read(),
                 "share_of_peak": flops(lengths, supervised) / seconds / peak / place.world,
@@ -186,16 +207,10 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             }
             if collectives:
                 line["collectives"] = collectives.seconds()
-            if step == total or is_due(step, recipe.eval.every):
-                evaluated = {
-                    name: evaluate(engine, held_out, place.device)
-                    for name, held_out in eval_feeders.items()
-                }
-                line |= {"eval_loss": evaluated} if evaluated else {}
-            if metrics:
-                metrics.write(**line)
-            track(line)
-            console.step(step, describe(line), important="eval_loss" in line or step in (1, total))
+            evaluated = evaluation() if evaluates_after(step, total, recipe) else {}
+            tell(line | ({"eval_loss": evaluated} if evaluated else {}))
+            if evaluated is None:
+                return stopped(step)
             if step < total and is_due(step, recipe.checkpoint.every):
                 save(step)
 
@@ -216,19 +231,44 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 def prepare_once(
     run_dir: Path, attempt: int, place: Place, recipe: Recipe, words: Words, console: Console
 ) -> data.Stores:
-    """Let the first rank of every node prepare data and random weights; others wait on a file."""
-    done = runs.attempt_dir(run_dir, attempt) / f"data-{place.node_rank}.json"
+    """Let the first rank of every node prepare data and random weights; wait for all nodes.
+
+    Raises RuntimeError when a rank gives up meanwhile.
+    """
+    files = [runs.attempt_dir(run_dir, attempt) / f"data-{n}.json" for n in range(place.nodes)]
     if place.local_rank == 0:
         stores = data.prepare(recipe.data, words, console.say)
         if recipe.model.config is not None:
             make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
-        runs.write_atomically(done, stores.to_json())
-    while not done.exists():
-        failed = runs.first_failure(run_dir, attempt)
-        if failed:
-            raise RuntimeError(f"rank {failed[0]} gave up: {failed[1].reason}")
-        time.sleep(0.05)
-    return data.Stores(**json.loads(done.read_text(encoding="utf-8")))
+        runs.write_atomically(files[place.node_rank], stores.to_json())
+    for number, file in enumerate(files):
+        pause = 0.05
+        while not file.exists():
+            failed = runs.first_failure(run_dir, attempt)
+            if failed:
+                raise RuntimeError(f"rank {failed[0]} gave up: {failed[1].reason}")
+            if pause < 1.0 <= pause * 2:
+                console.say(f"waiting until node {number} has its data")
+            time.sleep(pause)
+            pause = min(1.0, pause * 2)
+    return data.Stores(**json.loads(files[place.node_rank].read_text(encoding="utf-8")))
+
+
+def evaluates_after(step: int, total: int, recipe: Recipe) -> bool:
+    """Tell whether the evaluation sets are looked at after this step."""
+    return step == total or is_due(step, recipe.eval.every)
+
+
+def evaluation_owed(run_dir: Path, done: int, total: int, recipe: Recipe) -> report.Line | None:
+    """Return the metrics of the step to go on from where a stop cut its evaluation short."""
+    line = None
+    if done and dist.get_rank() == 0 and evaluates_after(done, total, recipe):
+        lines = report.read_steps(run_dir / "metrics.jsonl")
+        line = next((x for x in lines if x["step"] == done and "eval_loss" not in x), None)
+    if line:
+        del line["attempt"]
+    owed: report.Line | None = world.from_rank_0(line)
+    return owed
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -262,7 +302,7 @@ def restore_newest(run_dir: Path, engine: Engine, fingerprint: str, console: Con
     Raises UserError where it was trained on other data: the order of rows would be another one.
     """
     # One rank looks: file systems may show ranks different things.
-    newest = checkpoint.from_rank_0(max(checkpoint.steps(run_dir), default=None))
+    newest = world.from_rank_0(max(checkpoint.steps(run_dir), default=None))
     if newest is None:
         return 0
     folder = checkpoint.folder_of(run_dir, newest)
@@ -274,33 +314,6 @@ def restore_newest(run_dir: Path, engine: Engine, fingerprint: str, console: Con
     checkpoint.restore(folder, engine)
     console.say(f"continuing after step {newest}")
     return int(newest)
-
-
-def model_writer(engine: Engine, words: Words) -> Callable[[Path], None]:
-    """Return what writes everything of a Hugging Face folder but the weights."""
-
-    def write(folder: Path) -> None:
-        engine.module.config.save_pretrained(folder)
-        if engine.module.generation_config is not None:
-            engine.module.generation_config.save_pretrained(folder)
-        words.tokenizer.save_pretrained(folder)
-
-    return write
-
-
-def start_trackers(accelerator: Any, recipe: Recipe) -> Callable[[dict[str, Any]], None]:
-    """Open the trackers; return what gives them a step's numbers."""
-    if recipe.trackers:
-        accelerator.init_trackers(Path(recipe.run_dir).name)
-
-    def log(line: dict[str, Any]) -> None:
-        if recipe.trackers:
-            values = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
-            values |= {f"eval_loss/{k}": v for k, v in line.get("eval_loss", {}).items()}
-            values |= {f"seconds/{k}": v for k, v in line["phases"].items()}
-            accelerator.log(values, step=line["step"])
-
-    return log
 
 
 def describe(line: dict[str, Any]) -> str:

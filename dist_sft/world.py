@@ -32,12 +32,13 @@ class Place:
     rank: int
     local_rank: int
     node_rank: int
+    nodes: int
     world: int
     device: torch.device
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Read the variables that torchrun and Ray Train set."""
+        """Read the variables that torchrun sets."""
         env = os.environ
         local_rank = int(env["LOCAL_RANK"])
         if torch.cuda.is_available():
@@ -45,9 +46,9 @@ class Place:
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-        node_rank = int(env.get("GROUP_RANK", env.get("NODE_RANK", "0")))
+        node_rank, nodes = int(env["GROUP_RANK"]), int(env["GROUP_WORLD_SIZE"])
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        return cls(rank, local_rank, node_rank, world_size, device)
+        return cls(rank, local_rank, node_rank, nodes, world_size, device)
 
 
 def facts_of_this_rank(recipe: str, data: str, device: torch.device) -> dict[str, Any]:
@@ -79,6 +80,13 @@ def gather(items: list[str]) -> list[str]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, items)
     return [item for part in everyone for item in part]
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return on every rank what rank 0 has."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> list[str]:

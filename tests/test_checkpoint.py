@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from matrix import Cell, make_job, make_model
+from matrix import VOCABULARY, Cell, make_job, make_model
 from processes import run_ranks
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 PROGRAM = Path(__file__).parent / "ranks" / "state.py"
@@ -20,7 +21,17 @@ EXACT = tuple(
     Cell(sharding, model=model)
     for sharding, model in zip(SHARDINGS, ("tied", "untied") * 3, strict=True)
 )
-BF16 = tuple(Cell(sharding, dtype="bfloat16") for sharding in (None, "zero1", "zero2", "zero3"))
+BF16 = tuple(Cell(sharding, dtype="bfloat16") for sharding in SHARDINGS)
+# Convolutions as matrices, a cache of its own shape, experts in one tensor, a buffer to keep.
+OTHERS = tuple(
+    Cell(sharding, packed=False, model=model)
+    for sharding, model in (
+        (None, "gpt2"),
+        ("zero2", "bloom"),
+        ("zero3", "mixtral"),
+        ("zero3", "deepseek_v3"),
+    )
+)
 CELLS = EXACT + BF16
 
 
@@ -51,6 +62,11 @@ LOADINGS = (
 )
 
 
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: x for name, x in model.state_dict().items() if name not in parameters}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a rank program left after saving or loading."""
@@ -72,10 +88,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Save and load everything on two ranks, then load on one and on three."""
     folder = tmp_path_factory.mktemp("checkpoints")
     models = {n: make_model(folder / n, tied=n == "tied") for n in ("tied", "untied")}
+    for name in (cell.model for cell in OTHERS):
+        models[name] = folder / name
+        other = tiny_model(name, vocab_size=VOCABULARY)
+        for buffer in persistent_buffers(other).values():
+            buffer.fill_(0.125)  # not what a new model has
+        other.save_pretrained(folder / name)
     saved: dict[Cell, Outcome] = {}
     loaded: dict[Loading, Outcome] = {}
     for world in (2, 1, 3):
-        savings = [(cell, cell, True) for cell in CELLS] if world == 2 else []
+        savings = [(cell, cell, True) for cell in CELLS + OTHERS] if world == 2 else []
         loadings = [loading for loading in LOADINGS if loading.world == world]
         work = savings + [(loading.saver, loading.loader, False) for loading in loadings]
         here = folder / f"{world}-ranks"
@@ -95,7 +117,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         run_ranks(PROGRAM, *arguments, world=world, log_dir=here, seconds=280)
         losses = json.loads((here / "out.json").read_text())
         found = [Outcome(load_file(p), x) for p, x in zip(states, losses, strict=True)]
-        saved |= dict(zip(CELLS, found[: len(savings)], strict=False))
+        saved |= dict(zip(CELLS + OTHERS, found[: len(savings)], strict=False))
         loaded |= dict(zip(loadings, found[len(savings) :], strict=True))
     return Outcomes(folder, saved, loaded)
 
@@ -127,3 +149,20 @@ def test_exported_model_has_the_weights(cell: Cell, folder: str, outcomes: Outco
     assert all(torch.equal(p, trained[name]) for name, p in exported.named_parameters())
     tied = exported.lm_head.weight is exported.model.embed_tokens.weight
     assert tied == (cell.model == "tied")
+
+
+@pytest.mark.parametrize("folder", ["model", "model-in-shards"])
+@pytest.mark.parametrize("cell", OTHERS, ids=str)
+def test_other_architectures_export(cell: Cell, folder: str, outcomes: Outcomes) -> None:
+    place = outcomes.folder / str(cell) / folder
+    exported, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
+    assert not any(report.values()), report
+    state = outcomes.saved[cell].state
+    names = [name for name, _ in exported.named_parameters()]
+    assert sorted(f"{name}|fp32" for name in names) == sorted(k for k in state if "|fp32" in k)
+    assert all(torch.equal(p, state[f"{n}|fp32"]) for n, p in exported.named_parameters())
+    buffers = persistent_buffers(exported)
+    assert bool(buffers) == (cell.model == "deepseek_v3")
+    assert all((buffer == 0.125).all() for buffer in buffers.values())
+    assert exported.config.use_cache
+    assert exported.generation_config.eos_token_id == [3]

@@ -1,26 +1,20 @@
 """The real launcher, real ranks, a tiny model: from a recipe to a model, and on after a stop."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from launching import SECONDS, read, run, start, wait_for_step, wait_until, write
 from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_sft import checkpoint, report
-
-ROOT = Path(__file__).parents[1]
-SECONDS = 240
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +61,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def write(recipe: dict[str, Any], run_dir: Path) -> Path:
-    path = run_dir.parent / f"{run_dir.name}.yaml"
-    path.write_text(yaml.safe_dump({**recipe, "run_dir": str(run_dir)}))
-    return path
-
-
-def start(recipe: Path, *overrides: str, workers: int = 2) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "launch/local.py", "train", str(recipe), *overrides,
-         "--workers", str(workers)],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-def run(recipe: Path, *overrides: str, workers: int = 2) -> tuple[int, str, str]:
-    process = start(recipe, *overrides, workers=workers)
-    out, err = process.communicate(timeout=SECONDS)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def finished(
     recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
@@ -106,7 +79,7 @@ def test_metrics_have_every_step(finished: tuple[Path, Path, str]) -> None:
     for line in steps:
         assert line["attempt"] == 0
         assert line["examples"] == 8 or line["step"] == 6  # the epoch's last batch is smaller
-        assert 0 < line["supervised_tokens"] < line["tokens"]
+        assert 0 < line["supervised_tokens"] < line["tokens"] <= line["computed_tokens"]
         assert line["seconds"] > 0
         assert 0 < line["share_of_peak"] < 1
         assert line["grad_norm"] > 0
@@ -192,14 +165,32 @@ def test_stopped_and_continued_is_bit_identical(
     assert losses[0] == losses[1]
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = run_dir / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no step {step}: {process.communicate()}")
+def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    with open(held_out, "w") as file:
+        for n in range(12_000):  # seconds of evaluation in a dozen pieces
+            file.write(json.dumps({"instruction": f"Say {n}.", "output": f"{n} " * 5}) + "\n")
+    data = {**recipe["data"], "eval": [{"path": str(held_out)}], "eval_fraction": 0.0}
+    run_dir = tmp_path / "run"
+    changes = {"data": data, "train": {"batch_size": 8, "steps": 2}, "eval": {"every": 1}}
+    path = write({**recipe, **changes}, run_dir)
+    process = start(path)
+    wait_until(lambda: " steps, " in read(run_dir / "logs/attempt-0/rank-0.log"), process)
+    time.sleep(1.0)  # a step takes a tenth of that, an evaluation many times as much
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, out + err
+    (line,) = report.read_steps(run_dir / "metrics.jsonl")
+    assert line["step"] == 1
+    assert "eval_loss" not in line, "the stop came too late to prove anything"
+    assert checkpoint.steps(run_dir) == [1]
+
+    code, out, err = run(path)
+    assert code == 0, out + err
+    caught_up, last = report.read_steps(run_dir / "metrics.jsonl")
+    assert caught_up["attempt"] == 1
+    assert caught_up["loss"] == line["loss"]
+    assert caught_up["eval_loss"]["held_out"] > last["eval_loss"]["held_out"]
 
 
 def test_other_data_under_an_old_checkpoint_is_refused(

@@ -190,7 +190,7 @@ EXACT_ON_TWO = (
     Cell("zero3", checkpointing=True),
     Cell("zero2-offload"),
 )
-BF16 = tuple(Cell(deepspeed, dtype="bfloat16") for deepspeed in (None, "zero1", "zero2", "zero3"))
+BF16 = tuple(Cell(deepspeed, dtype="bfloat16") for deepspeed in SHARDINGS)
 BROKEN = (
     Cell("zero2", fault="world size left out", steps=2),
     Cell("zero1", fault="attention mask of ones", steps=2),

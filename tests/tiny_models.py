@@ -46,6 +46,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # Large enough for its experts' sums to round otherwise when they get other numbers of tokens.
     "mixtral": LLAMA_LIKE | MIXTURE | {"hidden_size": 64, "intermediate_size": 128},
     "phimoe": LLAMA_LIKE | MIXTURE | {"sliding_window": WINDOW},
+    "deepseek_v3": {key: size for key, size in LLAMA_LIKE.items() if key != "head_dim"}
+    | {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "gemma2": LLAMA_LIKE | {"sliding_window": WINDOW},
     "gpt_oss": LLAMA_LIKE | MIXTURE | {"sliding_window": WINDOW},

@@ -67,7 +67,7 @@ class Run:
     def gradient(self, number: int) -> tuple[float, int]:
         """Compute a step's gradient; return its loss, and the micro-batches of each rank."""
         batches = self.feeder.micro_batches(self.plan.samples(number))
-        supervised, _ = step.agree_on_step(batches, self._stop, CPU)
+        supervised = step.agree_on_step(batches, self._stop, CPU).supervised
         losses = step.run_micro_batches(self.engine, batches, supervised, self._clock)
         return step.summed(losses, CPU) / supervised, len(batches)
 
@@ -79,7 +79,9 @@ class Run:
         return self.engine.step()
 
     def evaluate(self) -> float:
-        return step.evaluate(self.engine, self.feeder, CPU)
+        value = step.evaluate(self.engine, self.feeder, self._stop, CPU)
+        assert value is not None
+        return value
 
 
 def _recipe(job: SimpleNamespace, cell: SimpleNamespace) -> Recipe:

@@ -8,6 +8,7 @@ the whole state through the libraries' own functions, right after saving or load
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from dist_sft import checkpoint, shards
 from dist_sft.engine import Engine, ZeroEngine
-from dist_sft.export import export
+from dist_sft.export import export, write_model_files
 
 SAVED, LAST = 3, 5
 
@@ -49,7 +50,11 @@ def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
         for number in range(1, SAVED + 1):
             run.gradient(number)
             run.update(number)
-        checkpoint.save(run_dir, SAVED, run.engine, {}, run.engine.module.config.save_pretrained)
+        no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+        write = partial(
+            write_model_files, model=run.engine.module, tokenizer=no_tokenizer, stop_ids=[3]
+        )
+        checkpoint.save(run_dir, SAVED, run.engine, {}, write)
     else:
         checkpoint.restore(folder, run.engine)
     state = whole_state(run.engine)

@@ -1,0 +1,54 @@
+"""Run the real launcher from tests, and watch it."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 240
+
+
+def write(recipe: dict[str, Any], run_dir: Path) -> Path:
+    """Write a recipe beside its run folder."""
+    path = run_dir.parent / f"{run_dir.name}.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "run_dir": str(run_dir)}))
+    return path
+
+
+def start(recipe: Path, *overrides: str, workers: int = 2) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "launch/local.py", "train", str(recipe), *overrides,
+         "--workers", str(workers)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def run(recipe: Path, *overrides: str, workers: int = 2) -> tuple[int, str, str]:
+    """Return (exit code, stdout, stderr)."""
+    process = start(recipe, *overrides, workers=workers)
+    out, err = process.communicate(timeout=SECONDS)
+    return process.returncode, out, err
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: len(read(run_dir / "metrics.jsonl").splitlines()) >= step, process)
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if happened():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it did not happen: {process.communicate()}")
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
