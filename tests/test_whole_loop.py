@@ -125,8 +125,11 @@ def textbook(recipe: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, to
 
 @pytest.mark.parametrize(
     ("overrides", "workers"),
-    [(["deepspeed=zero3"], 2), (["train.packing=off", "train.tokens_per_micro_batch=1000"], 1)],
-    ids=["zero3 on 2 ranks, packed", "1 rank, padded"],
+    [
+        (["deepspeed=zero3"], 2),
+        (["train.packing=off", "train.tokens_per_micro_batch=1000", "deterministic=true"], 1),
+    ],
+    ids=["zero3 on 2 ranks, packed", "1 rank, padded, deterministic"],
 )
 def test_a_launched_run_is_the_textbook_loop(
     overrides: list[str],
