@@ -155,4 +155,3 @@ def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for step in steps(run_dir)[:-keep]:
         shutil.rmtree(folder_of(run_dir, step))
-

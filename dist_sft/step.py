@@ -89,9 +89,7 @@ def token_loss(engine: Engine, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def evaluate(
-    engine: Engine, feeder: Feeder, stop: StopFlag, device: torch.device
-) -> float | None:
+def evaluate(engine: Engine, feeder: Feeder, stop: StopFlag, device: torch.device) -> float | None:
     """Return the mean loss per supervised token over a whole evaluation set; None on a stop."""
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
