@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,7 +79,31 @@ def prepare(
             built.append((source.label, str(store.path)))
         return built
 
-    return Stores(build(data.train, "train"), build(data.eval, "eval"), len(words.tokenizer))
+    with _tokenizer_threads():
+        train, evals = build(data.train, "train"), build(data.eval, "eval")
+    return Stores(train, evals, len(words.tokenizer))
+
+
+@contextmanager
+def _tokenizer_threads() -> Iterator[None]:
+    """Let the tokenizer use a thread per core for a while, or RAYON_NUM_THREADS of them.
+
+    Ranks start with them turned off, but while one encodes, the others of its node only wait. The
+    Rust library looks at the variable in every call. Its threads stay, asleep, which matters to a
+    fork alone: a child would wait for threads that it does not have. Nothing forks in here, and
+    afterwards the variable says "false" again to ranks and their children; where it was not set,
+    the library itself turns its threads off in a child.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def describe(meta: StoreMeta, name: str) -> str:
