@@ -97,6 +97,7 @@ def load_template(name_or_path: str, tokenizer: "PreTrainedTokenizerBase") -> Te
     Raises UserError for an unknown name, an unreadable file and a tokenizer without what the
     template needs; MaskError for a template that never ends the assistant's turn.
     """
+    adds_bos = default_bos(tokenizer) is not None
     if name_or_path in ("human-assistant", "alpaca"):
         if not isinstance(tokenizer.eos_token, str):
             raise UserError(
@@ -104,10 +105,10 @@ def load_template(name_or_path: str, tokenizer: "PreTrainedTokenizerBase") -> Te
                 "eos_token; set one in its tokenizer_config.json, or data.template to chatml"
             )
         make = human_assistant if name_or_path == "human-assistant" else alpaca
-        return make(tokenizer.eos_token)
+        return make(tokenizer.eos_token, adds_bos)
     if name_or_path == "chatml":
         missing = [token for token in (IM_START, IM_END) if token_id(tokenizer, token) is None]
-        return ChatML(new_tokens=tuple(missing))
+        return ChatML(tuple(missing), adds_bos and tokenizer.bos_token != IM_START)
     if name_or_path == "tokenizer":
         if not tokenizer.chat_template:
             raise UserError(

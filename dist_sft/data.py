@@ -18,7 +18,7 @@ from dist_sft.encoding import build_or_open
 from dist_sft.plan import Plan
 from dist_sft.sources import open_source
 from dist_sft.store import Dataset, Store, StoreMeta, split_fraction
-from dist_sft.tokenizer import Words
+from dist_sft.tokenizer import Words, vocabulary_size
 
 Say = Callable[[str], None]
 
@@ -81,7 +81,7 @@ def prepare(
 
     with _tokenizer_threads():
         train, evals = build(data.train, "train"), build(data.eval, "eval")
-    return Stores(train, evals, len(words.tokenizer))
+    return Stores(train, evals, vocabulary_size(words.tokenizer))
 
 
 @contextmanager

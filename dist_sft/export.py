@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import torch
@@ -23,11 +23,13 @@ def write_model_files(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
+    chat_template: str | None,
 ) -> None:
     """Write everything of a Hugging Face folder but the trained parameters.
 
-    Generation will stop at `stop_ids`, the end tokens of the template that was learned. Buffers
-    that belong to the weights (they are equal on all ranks) go into a file of their own.
+    Generation will stop at `stop_ids`, the end tokens of the template that was learned; the
+    tokenizer will ask in its words, `chat_template`, or as it does already where that is None.
+    Buffers that belong to the weights (they are equal on all ranks) go into a file of their own.
     """
     model.config.save_pretrained(folder)
     generation = deepcopy(model.generation_config) or GenerationConfig()
@@ -35,6 +37,9 @@ def write_model_files(
     # Not save_pretrained: that refuses what published models contain, a temperature without
     # sampling for one.
     generation.to_json_file(folder / "generation_config.json")
+    if chat_template is not None:
+        tokenizer = copy(tokenizer)  # the caller's keeps its own
+        tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = model.state_dict()

@@ -55,6 +55,11 @@ class JinjaTemplate:
         self._end = re.compile("|".join(map(re.escape, sorted(self.end_tokens))))
         self._additions = self._find_additions()
 
+    @property
+    def chat_template(self) -> str | None:
+        """Give the text of the file; None for the tokenizer's own."""
+        return self._source
+
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render for training; raises MaskError where the spans cannot be found."""
         messages = self._messages(conversation)

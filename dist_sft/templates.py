@@ -1,13 +1,15 @@
 """Conversation -> pieces of text, each one learned or not: the built-in templates.
 
 A template decides the words; `chat.Encoder` turns them into tokens and proves the mask. Templates
-written in Jinja live in `jinja_template.py`.
+written in Jinja live in `jinja_template.py`. The same words as Jinja for those who serve the model
+are in `chat_templates/`: change both.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dist_sft.errors import UserError
@@ -54,6 +56,10 @@ class Template(Protocol):
     def escapes(self) -> bool:
         """Tell whether control tokens written in text pieces stay plain text."""
 
+    @property
+    def chat_template(self) -> str | None:
+        """Give the same words as Jinja text for an exported tokenizer; None: it has them."""
+
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render for training; each assistant turn's pieces end with one end token."""
 
@@ -69,6 +75,24 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
+def _read_chat_template(name: str, adds_bos: bool) -> str:
+    """Return the Jinja text of a built-in template, BOS in front where training puts it there.
+
+    Whoever renders it, `apply_chat_template` or vLLM's chat server, encodes with
+    add_special_tokens=False: BOS has to be in the text. The text is the one of training, but its
+    tokens need not be: training encodes every piece by itself, a server the whole. They part
+    - where an earlier answer merges with what is before it ("Assistant: " and "Paris" give the
+      token " Paris" in byte-level vocabularies), or lacks SentencePiece's "▁" in front;
+    - at every piece, the prompt's last one too, where SentencePiece puts "▁" in front of the
+      whole text only (Metaspace's prepend_scheme "first", as in Mistral's newer tokenizers);
+    - where a control token swallows the white space beside it.
+    There a served model reads its prompt in slightly other tokens than it was trained on. In both
+    the cue ends before the answer's first token, so answers begin as they were learned.
+    """
+    text = (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return "{{- bos_token }}\n" + text if adds_bos else text
+
+
 @dataclass(frozen=True)
 class PlainTemplate:
     """Words only: questions and a cue separated by blank lines, every answer ended by EOS."""
@@ -79,6 +103,8 @@ class PlainTemplate:
     cue: str
     """Asks the assistant to speak."""
     end: str
+    adds_bos: bool = False
+    """The tokenizer wants BOS in front, so the exported chat template writes it."""
     new_tokens: tuple[str, ...] = ()
     escapes: bool = True
     version: int = 1
@@ -92,6 +118,11 @@ class PlainTemplate:
     def end_tokens(self) -> frozenset[str]:
         """Give EOS."""
         return frozenset([self.end])
+
+    @property
+    def chat_template(self) -> str:
+        """Give the Jinja text; `eos_token` stands for EOS in it."""
+        return _read_chat_template(self.name, self.adds_bos)
 
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render for training."""
@@ -164,14 +195,14 @@ def _alpaca_question(turn: Turn, first: bool) -> str:
     return (_ALPACA_WITH_INPUT if turn.input else _ALPACA_WITHOUT_INPUT) + words
 
 
-def human_assistant(eos: str) -> PlainTemplate:
+def human_assistant(eos: str, adds_bos: bool) -> PlainTemplate:
     """Make the template "Human: ... Assistant: ..."."""
-    return PlainTemplate("human-assistant", _human_assistant_question, "Assistant: ", eos)
+    return PlainTemplate("human-assistant", _human_assistant_question, "Assistant: ", eos, adds_bos)
 
 
-def alpaca(eos: str) -> PlainTemplate:
+def alpaca(eos: str, adds_bos: bool) -> PlainTemplate:
     """Make the template of Stanford's Alpaca, word for word."""
-    return PlainTemplate("alpaca", _alpaca_question, "### Response:", eos)
+    return PlainTemplate("alpaca", _alpaca_question, "### Response:", eos, adds_bos)
 
 
 IM_START = "<|im_start|>"
@@ -193,6 +224,8 @@ class ChatML:
     """`<|im_start|>role`, words, `<|im_end|>`; tools as Hermes and Qwen2.5 word them."""
 
     new_tokens: tuple[str, ...] = ()
+    adds_bos: bool = False
+    """The tokenizer wants another BOS than `<|im_start|>` in front."""
     name: str = "chatml"
     escapes: bool = True
     version: int = 1
@@ -206,6 +239,11 @@ class ChatML:
     def end_tokens(self) -> frozenset[str]:
         """Give `<|im_end|>`."""
         return frozenset([IM_END])
+
+    @property
+    def chat_template(self) -> str:
+        """Give the Jinja text."""
+        return _read_chat_template(self.name, self.adds_bos)
 
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render for training."""

@@ -119,6 +119,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 model=engine.module,
                 tokenizer=words.tokenizer,
                 stop_ids=stop_ids,
+                chat_template=words.template.chat_template,
             )
             checkpoint.save(run_dir, step, engine, facts, write)
             if place.rank == 0:

@@ -52,7 +52,11 @@ def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
             run.update(number)
         no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
         write = partial(
-            write_model_files, model=run.engine.module, tokenizer=no_tokenizer, stop_ids=[3]
+            write_model_files,
+            model=run.engine.module,
+            tokenizer=no_tokenizer,
+            stop_ids=[3],
+            chat_template=None,
         )
         checkpoint.save(run_dir, SAVED, run.engine, {}, write)
     else:
