@@ -1,132 +1,90 @@
-"""Experiment trackers through accelerate; a continued run goes on in the same curve."""
+"""Experiment trackers through accelerate: a continued run goes on in the same curve.
+
+What names a run with its tracker is kept in `RUN_DIR/trackers.json`, so that a new run folder at an
+old path is a new run. TensorBoard hides what was replayed after a crash; the others get a replayed
+step again, with the same numbers on the same ranks.
+"""
 
 from __future__ import annotations
 
 import json
 import secrets
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 
-from dist_sft import report, world
 from dist_sft.config import Recipe
 from dist_sft.errors import UserError
 from dist_sft.runs import write_atomically
 
-PROJECT = "dist_sft"
-PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
 Line = dict[str, Any]
-Said = dict[int, set[str]]
+Say = Callable[[str], None]
+
+PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
 
 
 def check_installed(trackers: Sequence[str]) -> None:
+    """Raise UserError where a tracker's package is missing; accelerate would leave it out."""
     available = set(map(str, get_available_trackers()))
     missing = [name for name in trackers if name not in available]
     if missing:
         packages = " ".join(PACKAGES.get(name, name) for name in missing)
-        raise UserError(
-            f"trackers: {', '.join(missing)} asked for, but not installed: pip install {packages}"
-        )
+        raise UserError(f"trackers: {', '.join(missing)} not installed: pip install {packages}")
 
 
-def start_options(name: str, known: str | None, run_dir: Path, done: int) -> dict[str, Any]:
-    title = run_dir.name
-    chosen = known or secrets.token_hex(16)
-    options: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": done + 1},
-        "wandb": {"id": chosen, "resume": "allow", "name": title, "dir": str(run_dir)},
-        "mlflow": {"run_id": known, "run_name": title},
-        "trackio": {"name": f"{title}-{chosen[:8]}", "resume": "allow"},
-        "comet_ml": {"experiment_key": chosen},
-        "swanlab": {"id": chosen, "resume": "allow", "name": title, "log_dir": str(run_dir / "swanlog")},
-        "aim": {"run_hash": known, "force_resume": True},
-        "clearml": {
-            "task_name": title,
-            "reuse_last_task_id": known or False,
-            "continue_last_task": 0 if known else False,
-            "auto_connect_frameworks": False,
-            "auto_connect_arg_parser": False,
-        },
-        "dvclive": {"dir": str(run_dir / "dvclive"), "resume": bool(known), "dvcyaml": None, "save_dvc_exp": False},
-    }
-    return options[name]
+def start_trackers(
+    accelerator: Accelerator, recipe: Recipe, run_dir: Path, done: int, say: Say = print
+) -> Callable[[Line], None]:
+    """Open the trackers of a run of which `done` steps are taken; return what tells them a step.
 
+    A tracker that fails later is left out from then on, with a line: it must not end a run.
+    """
+    if not recipe.trackers:
+        return lambda line: None
+    memory = run_dir / "trackers.json"
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+    identity = known.get("id") or secrets.token_hex(16)
+    options = _options(identity, known.get("mlflow"), run_dir, done)
+    accelerator.init_trackers(run_dir.name, init_kwargs=options)
+    if accelerator.is_main_process:
+        facts = {"id": identity}
+        if "mlflow" in recipe.trackers:  # chooses its own
+            facts["mlflow"] = accelerator.get_tracker("mlflow", unwrap=True).info.run_id
+        write_atomically(memory, json.dumps(facts) + "\n")
+    working = list(accelerator.trackers)
 
-class Curve:
-    def __init__(self, tracker: Any, said: Said, say: Callable[[str], None]) -> None:
-        self.name = tracker.name
-        self._tracker, self._said, self._say = tracker, said, say
+    def log(line: Line) -> None:
+        for tracker in list(working):
+            try:
+                tracker.log(numbers(line), step=line["step"])
+            except Exception as error:  # whatever a service or its client comes up with
+                working.remove(tracker)
+                say(f"trackers: {tracker.name} gets no more: {type(error).__name__}: {error}")
 
-    def log(self, values, step, **_):
-        news = {k: v for k, v in values.items() if k not in self._said.get(step, ())}
-        if news:
-            self._try("log", news, step=step)
-
-    def finish(self):
-        self._try("finish")
-
-    def _try(self, method, *args, **kwargs):
-        if self._tracker is None:
-            return
-        try:
-            getattr(self._tracker, method)(*args, **kwargs)
-        except Exception as error:
-            self._tracker = None
-            self._say(f"{self.name} takes no more: {type(error).__name__}: {error}")
-
-
-def flat(tree: Any, join: str, key: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        parts = tree.items()
-    elif isinstance(tree, list):
-        parts = enumerate(tree)
-    else:
-        return {key: tree}
-    return {
-        k: v for name, part in parts for k, v in flat(part, join, f"{key}{join}{name}" if key else f"{name}").items()
-    }
+    return log
 
 
 def numbers(line: Line) -> dict[str, float]:
+    """Return a step's numbers as a flat table."""
+    values = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+    values |= {f"eval_loss/{name}": loss for name, loss in line.get("eval_loss", {}).items()}
+    return values | {f"seconds/{name}": part for name, part in line["phases"].items()}
+
+
+def _options(
+    identity: str, mlflow_run: str | None, run_dir: Path, done: int
+) -> dict[str, dict[str, Any]]:
+    """Return what makes each tracker go on where the run was."""
+    name = run_dir.name
     return {
-        k: v for k, v in flat(line, "/").items() if isinstance(v, int | float) and k not in ("step", "attempt")
+        "tensorboard": {"purge_step": done + 1},
+        "wandb": {"id": identity, "resume": "allow", "name": name, "dir": str(run_dir)},
+        "mlflow": {"run_id": mlflow_run, "run_name": name},
+        "trackio": {"name": f"{name}-{identity[:8]}", "resume": "allow"},
+        "comet_ml": {"experiment_key": identity},
+        "swanlab": {"id": identity, "resume": "allow", "logdir": str(run_dir / "swanlog")},
+        "dvclive": {"dir": str(run_dir / "dvclive"), "resume": done > 0},
     }
-
-
-def start_trackers(accelerator: Accelerator, recipe: Recipe, run_dir: Path, done: int, say=print):
-    import os
-    notebook = run_dir / "trackers.json"
-    ids = json.loads(notebook.read_text()) if notebook.exists() else {}
-    before = {s: signal.getsignal(s) for s in signal.Signals if s not in (9, 19)}
-    metrics = run_dir / "metrics.jsonl"
-    lines = report.read_steps(metrics) if metrics.exists() else []
-    for name in recipe.trackers:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        place = [accelerator.logging_dir] if kind.requires_logging_directory else []
-        options = start_options(name, ids.get(name), run_dir, done)
-        tracker = kind(PROJECT, *place, **options)
-        tracker.start()
-        after = {s: signal.getsignal(s) for s in before}
-        for s in before:
-            if after[s] != before[s]:
-                print("SIGNAL CHANGED", name, s, before[s], after[s])
-        if name not in ids and name != "tensorboard":
-            tracker.store_init_configuration(flat(recipe.model_dump(mode="json"), "."))
-        run = tracker.tracker
-        if name not in ids:
-            given = {"mlflow": lambda: run.info.run_id, "aim": lambda: run.hash, "clearml": lambda: run.id}
-            ids[name] = (given[name]() if name in given else options.get("id") or options.get("experiment_key") or options.get("name", "x").rsplit("-")[-1])
-        said = {}
-        if os.environ.get("FILTER"):
-            said = {x["step"]: set(numbers(x)) for x in lines if x["step"] >= done}
-        accelerator.trackers.append(Curve(tracker, said, say))
-    write_atomically(notebook, json.dumps(ids))
-
-    def log(line: Line) -> None:
-        accelerator.log(numbers(line), step=line["step"])
-
-    return log

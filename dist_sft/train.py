@@ -48,7 +48,7 @@ from dist_sft.step import (
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
 from dist_sft.tokenizer import Words, load_words, model_folder
-from dist_sft.trackers import start_trackers
+from dist_sft.trackers import check_installed, start_trackers
 from dist_sft.world import Place
 
 PROFILED_EVERY = 200  # steps between looks at the collectives; a profiler costs time
@@ -64,6 +64,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         if recipe.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
+
+        check_installed(recipe.trackers)
 
         # 2. Encode the data and make random weights, once per node and before ranks meet: whoever
         #    waits, waits on a file and not in a collective that would time out.
@@ -104,7 +106,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
         done = restore_newest(run_dir, engine, fingerprint, console)
-        track = start_trackers(accelerator, recipe, run_dir, done)
+        track = start_trackers(accelerator, recipe, run_dir, done, console.say)
+        stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
         if metrics:
             stack.callback(metrics.close)
