@@ -59,11 +59,11 @@ class Recording(GeneralTracker):
     name = "wandb"
     requires_logging_directory = False
     main_process_only = False
+    tracker = None
 
     def __init__(self, run_name: str, **options: Any) -> None:
         super().__init__()
         OPENED.append((run_name, options))
-        self.tracker = None
 
     def start(self) -> None: ...
 
