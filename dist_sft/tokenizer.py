@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dist_sft.chat import Template, add_new_tokens, load_template
 from dist_sft.config import Data, Model
 from dist_sft.errors import UserError
+from dist_sft.paths import is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def explain_missing(place: str, error: Exception) -> str:
     if Path(place).is_dir():
         files = ", ".join(sorted(path.name for path in Path(place).iterdir())[:8])
         return f"{said} (the folder holds {files or 'nothing'})"
-    if Path(place).is_absolute() or place.count("/") > 1 or place.startswith("."):
+    if is_local(place):
         return "there is no such folder"
     return f"there is no such folder here, and the hub does not give it: {said}"
 
