@@ -1,19 +1,19 @@
 """The only file that knows what a checkpoint folder looks like: save, latest, restore, prune.
 
     checkpoints/step-00000200/
-        manifest.json              written last but for the rename: step, shapes, pieces, sizes
+        manifest.json              step, shapes, pieces; size and SHA-256 of every file below
+        manifest.sha256            the manifest's own, as `sha256sum -c` reads it
         rank-00000.safetensors     this rank's pieces, "name|key|start" -> float32 [n]
         model/                     config, tokenizer and generation settings, without weights
 
 A folder is built under a temporary name and renamed when every rank has finished: one that has a
 final name is complete. State is stored by parameter name and element range, never by rank, and
-read back by range, never unpickled.
+read back by range, never unpickled; every byte is checked against the manifest before.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,16 +23,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_sft import once, shards, world
+from dist_sft import manifest, once, shards, world
+from dist_sft.digests import HashingFile, sha256
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
-from dist_sft.runs import write_atomically
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8})")
+
+class SaveFailed(RuntimeError):
+    """Report that no checkpoint was made, as some rank could not write its part."""
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -42,8 +42,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 def steps(run_dir: Path) -> list[int]:
     """List the steps of all finished checkpoints, oldest first."""
-    found = (_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    return list(manifest.folders(run_dir))
 
 
 def save(
@@ -55,7 +54,8 @@ def save(
 ) -> Path:
     """Save the state after `step`, unless it is saved; every rank calls this together.
 
-    `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer.
+    `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer. Raises
+    SaveFailed on every rank where one cannot write; then nothing is left behind.
     """
     rank = dist.get_rank()
     final = folder_of(run_dir, step)
@@ -65,34 +65,120 @@ def save(
     temporary = final.with_name(f".{final.name}.tmp")
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     dist.barrier()
-    file = f"rank-{rank:05d}.safetensors"
-    pieces: list[tuple[str, int, int]] = []
+    written: dict[str, Any] = {}
+    failure = None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        file = f"rank-{rank:05d}.safetensors"
+        written[file] = _write_state(temporary / file, engine)
+        if rank == 0:
+            write_model(temporary / "model")
+            written |= _describe_files(temporary, "model")
+    except OSError as error:
+        failure = f"rank {rank}: {error}"
+    # What every rank has written is also its vote.
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (failure, written))
+    failures = [said for said, _ in everyone if said]
+    if rank == 0 and not failures:
+        try:
+            manifest.write(
+                temporary,
+                facts
+                | {
+                    "format": manifest.FORMAT,
+                    "step": step,
+                    "world_size": dist.get_world_size(),
+                    "optimizer_steps": shards.optimizer_steps(engine),
+                    "shapes": shards.parameter_shapes(engine),
+                    "files": {name: e for _, part in everyone for name, e in part.items()},
+                },
+            )
+            once.sync(temporary)
+            temporary.rename(final)
+            once.sync(final.parent)
+        except OSError as error:
+            failures = [f"rank 0: {error}"]
+    failures = world.from_rank_0(failures)
+    if failures:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveFailed(f"the checkpoint of step {step} cannot be saved: {'; '.join(failures)}")
+    return final
+
+
+def _write_state(path: Path, engine: Engine) -> dict[str, Any]:
+    """Write this rank's share as safetensors, a tensor at a time; return its manifest entry.
+
+    The format: 8 bytes with the header's length, a JSON header, then the tensors' bytes
+    (https://huggingface.co/docs/safetensors). Its own writer hashes nothing and syncs nothing.
+    """
+    pieces = []
     tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {}
+    end = 0
     for fragment in shards.owned(engine):
         pieces.append((fragment.name, fragment.start, len(fragment.tensors["fp32"])))
         for key, tensor in fragment.tensors.items():
-            tensors[f"{fragment.name}|{key}|{fragment.start}"] = tensor.contiguous()
-    save_file(tensors, temporary / file)
-    once.sync(temporary / file)
-    index: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(index, (file, pieces, (temporary / file).stat().st_size))
-    if rank == 0:
-        write_model(temporary / "model")
-        manifest = facts | {
-            "format": FORMAT,
-            "step": step,
-            "world_size": dist.get_world_size(),
-            "optimizer_steps": shards.optimizer_steps(engine),
-            "shapes": shards.parameter_shapes(engine),
-            "files": {name: {"size": size, "pieces": held} for name, held, size in index},
-        }
-        write_atomically(temporary / "manifest.json", json.dumps(manifest))
-        temporary.rename(final)
-        once.sync(final.parent)
-    dist.barrier()
-    return final
+            assert tensor.dtype == torch.float32, (fragment.name, key, tensor.dtype)
+            name = f"{fragment.name}|{key}|{fragment.start}"
+            start, end = end, end + 4 * len(tensor)
+            header[name] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [start, end]}
+            tensors[name] = tensor
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        file = HashingFile(stream)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            if len(tensor):
+                array: Any = tensor.detach().cpu().contiguous().numpy()
+                file.write(memoryview(array).cast("B"))
+        size, digest = file.finish()
+    return {"size": size, "sha256": digest, "pieces": pieces}
+
+
+def _describe_files(folder: Path, under: str) -> dict[str, Any]:
+    """Flush what libraries wrote; return its manifest entries."""
+    entries = {}
+    for path in sorted((folder / under).rglob("*")):
+        once.sync(path)
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return entries
+
+
+def newest_good(run_dir: Path, level: manifest.Level, say: Callable[[str], None]) -> int | None:
+    """Return the step of the newest checkpoint that is what was written; every rank calls this.
+
+    Each rank checks its part of the files. Damaged ones are passed over, with a line that says
+    what is wrong; None where there are no checkpoints at all. Raises UserError where there are
+    some and none is good: to begin anew would look like going on.
+    """
+    found = world.from_rank_0(steps(run_dir))  # file systems may show ranks different things
+    for step in reversed(found):
+        wrong = world.gather(_my_problems(folder_of(run_dir, step), level))
+        if not wrong:
+            return int(step)
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
+    if found:
+        raise UserError(
+            f"none of the {len(found)} checkpoints in {run_dir}/checkpoints is what was written, "
+            "see above. Put a good copy back, or give another run_dir to start anew"
+        )
+    return None
+
+
+def _my_problems(folder: Path, level: manifest.Level) -> list[str]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    try:
+        content = manifest.read(folder)
+    except manifest.DamagedCheckpoint as error:
+        return [str(error)] if rank == 0 else []
+    return manifest.problems(folder, content, sorted(content["files"])[rank::ranks], level)
 
 
 def restore(folder: Path, engine: Engine) -> None:
@@ -117,10 +203,10 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.manifest = manifest.read(folder)
         self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         for file, entry in self.manifest["files"].items():
-            for name, start, length in entry["pieces"]:
+            for name, start, length in entry.get("pieces", ()):
                 self._pieces[name].append((start, length, file))
         self._open: dict[str, Any] = {}
 

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_plan(commands)
     _add_export(commands)
+    _add_verify(commands)
     return result
 
 
@@ -51,11 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides is not None:
         options.overrides = [*overrides, *rest]
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         print(error, file=sys.stderr)
         return WRONG_INPUT
-    return 0
 
 
 # ---- inspect ---------------------------------------------------------------------------------
@@ -195,6 +195,49 @@ def _export(options: argparse.Namespace) -> None:
     name = options.dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "float32")
     export(checkpoint.folder_of(options.run_dir, step), options.out, DTYPES[name])
     print(f"step {step} as {name}: {options.out}")
+
+
+# ---- verify ----------------------------------------------------------------------------------
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="check every byte of the checkpoints of a run",
+        description="Compare checkpoints with what was written, byte by byte. Exit code 1 where "
+        "anything is wrong. Needs no torch.",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
+    command.add_argument("--step", type=int, metavar="N", help="default: all checkpoints")
+    command.set_defaults(run=_verify)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from dist_sft import manifest
+
+    folders = manifest.folders(options.run_dir)
+    if options.step is not None:
+        if options.step not in folders:
+            raise UserError(f"--step: got {options.step}; there are checkpoints of {list(folders)}")
+        folders = {options.step: folders[options.step]}
+    if not folders:
+        raise UserError(f"RUN_DIR: {options.run_dir} has no checkpoint yet")
+    table = Table("step", "files", "GiB", "verdict", box=box.SIMPLE)
+    wrong: list[str] = []
+    for step, folder in folders.items():
+        content, found = manifest.check_all(folder)
+        size = sum(entry["size"] for entry in content.get("files", {}).values()) / 2**30
+        verdict = f"{len(found)} damaged" if found else "every byte is what was written"
+        table.add_row(str(step), str(len(content.get("files", {}))), f"{size:.2f}", verdict)
+        wrong += found
+    console = _console()
+    console.print(table)
+    for line in wrong:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 1 if wrong else 0
 
 
 # ---- what commands share ---------------------------------------------------------------------

@@ -51,8 +51,7 @@ MAY_CHANGE = frozenset(
         "deepspeed",
         "train.tokens_per_micro_batch",
         "model.gradient_checkpointing",
-        "checkpoint.every",
-        "checkpoint.keep",
+        "checkpoint",
         "eval.every",
         "trackers",
     }
@@ -213,6 +212,8 @@ class Checkpoint(Section):
     """Steps between checkpoints; null: only at the end and on a stop."""
     keep: Positive = 3
     """How many of the newest checkpoints stay on disk."""
+    verify: Literal["size", "sha256"] = "sha256"
+    """What is compared with the manifest before a checkpoint is loaded."""
 
 
 class Eval(Section):

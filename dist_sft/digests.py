@@ -53,6 +53,25 @@ def remembered_sha256(file: Path, folder: Path) -> str:
     return digest
 
 
+class HashingFile:
+    """Write one file; hash what was meant to be written, not what the disk made of it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the file."""
+        self._stream.write(data)
+        self._digest.update(data)
+
+    def finish(self) -> tuple[int, str]:
+        """Flush everything to disk; return the file's size and SHA-256."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return self._stream.tell(), self._digest.hexdigest()
+
+
 class _State(NamedTuple):
     """Hold what a file system knows to be different when a file is."""
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_sft.chat import BadRow, Dropped, Encoder, Outcome, Sample
-from dist_sft.digests import remembered_sha256
+from dist_sft.digests import HashingFile, remembered_sha256
 from dist_sft.errors import UserError
 from dist_sft.once import make_once
 from dist_sft.sources import Batch, Source, content_hash
@@ -211,22 +210,17 @@ def _content_hashes(tokens: UInt32Array, ends: Int64Array) -> npt.NDArray[np.uin
 
 
 class _Column:
-    """Append to one file; hash what was meant to be written, not what the disk made of it."""
+    """Append to the file of one column."""
 
     def __init__(self, stream: BinaryIO, dtype: np.dtype[Any]) -> None:
-        self._stream = stream
+        self._file = HashingFile(stream)
         self._dtype = dtype
-        self._digest = hashlib.sha256()
 
     def append(self, values: npt.ArrayLike) -> None:
-        data = np.asarray(values, self._dtype).tobytes()
-        self._stream.write(data)
-        self._digest.update(data)
+        self._file.write(np.asarray(values, self._dtype).tobytes())
 
     def finish(self) -> StoreFile:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        return StoreFile(self._stream.tell(), self._digest.hexdigest())
+        return StoreFile(*self._file.finish())
 
 
 def _meta(

@@ -25,6 +25,7 @@ from dist_sft.console import Console, redirect_output
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
 from dist_sft.errors import UserError
 from dist_sft.export import export, write_model_files
+from dist_sft.manifest import Level
 from dist_sft.metrics import (
     Clock,
     Collectives,
@@ -105,7 +106,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
-        done = restore_newest(run_dir, engine, fingerprint, console)
+        done = restore_newest(run_dir, engine, fingerprint, recipe.checkpoint.verify, console)
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -115,7 +116,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         stop_ids = data.make_encoder(recipe.data, words).stop_ids
 
-        def save(step: int) -> None:
+        def save(step: int) -> bool:
+            """Save and prune; a checkpoint that cannot be written does not end the run."""
             facts = {"recipe": recipe.fingerprint(), "data": fingerprint}
             write = partial(
                 write_model_files,
@@ -124,14 +126,21 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 stop_ids=stop_ids,
                 chat_template=words.template.chat_template,
             )
-            checkpoint.save(run_dir, step, engine, facts, write)
+            try:
+                checkpoint.save(run_dir, step, engine, facts, write)
+            except checkpoint.SaveFailed as error:
+                console.say(f"NOT SAVED: {error}")
+                if metrics:
+                    metrics.write(step=step, event="checkpoint_failed", reason=str(error))
+                return False
             if place.rank == 0:
                 checkpoint.prune(run_dir, recipe.checkpoint.keep)
+            return True
 
         def stopped(step: int) -> Outcome:
-            save(step)
+            lost = "" if save(step) else ", which is not saved (see the log): older ones are"
             by = stop.reason or "another rank"
-            return Outcome(runs.STOPPED, f"stopped by {by} after step {step}", step)
+            return Outcome(runs.STOPPED, f"stopped by {by} after step {step}{lost}", step)
 
         def evaluation() -> dict[str, float] | None:
             """Return the loss of every evaluation set by name; None where a stop cut it short."""
@@ -220,8 +229,11 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         # 8. The end: a last checkpoint, a model that others can load, a picture of the loss.
         console.close()
-        if done < total:
-            save(total)
+        if done < total and not save(total):
+            raise RuntimeError(
+                "the last checkpoint cannot be saved; make room, and the same command continues "
+                "from the one before"
+            )
         if place.rank == 0:
             export(checkpoint.folder_of(run_dir, total), run_dir / "model", dtype)
             steps = report.read_steps(run_dir / "metrics.jsonl")
@@ -300,13 +312,14 @@ def choose_packing(
     return False
 
 
-def restore_newest(run_dir: Path, engine: Engine, fingerprint: str, console: Console) -> int:
-    """Load the newest checkpoint, if there is one; return the step to go on from.
+def restore_newest(
+    run_dir: Path, engine: Engine, fingerprint: str, level: Level, console: Console
+) -> int:
+    """Load the newest good checkpoint, if there is one; return the step to go on from.
 
     Raises UserError where it was trained on other data: the order of rows would be another one.
     """
-    # One rank looks: file systems may show ranks different things.
-    newest = world.from_rank_0(max(checkpoint.steps(run_dir), default=None))
+    newest = checkpoint.newest_good(run_dir, level, console.say)
     if newest is None:
         return 0
     folder = checkpoint.folder_of(run_dir, newest)
@@ -316,8 +329,8 @@ def restore_newest(run_dir: Path, engine: Engine, fingerprint: str, console: Con
             "the tokenizer has changed. Put it back, or give another run_dir"
         )
     checkpoint.restore(folder, engine)
-    console.say(f"continuing after step {newest}")
-    return int(newest)
+    console.say(f"continuing after step {newest} (checked by {level})")
+    return newest
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -214,7 +214,7 @@ def test_reports_every_mistake_at_once() -> None:
         ({"train__clip": 1.0}, "train.clip: unknown key (did you mean 'optimizer.clip'?)"),
         (
             {"checkpoint__xyz": 1},
-            "checkpoint.xyz: unknown key; allowed: every, keep",
+            "checkpoint.xyz: unknown key; allowed: every, keep, verify",
         ),
         (
             {"learning_rate": 1e-4},

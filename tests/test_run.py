@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_sft import checkpoint, report
+from dist_sft.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,40 @@ def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path
     assert caught_up["attempt"] == 1
     assert caught_up["loss"] == line["loss"]
     assert caught_up["eval_loss"]["held_out"] > last["eval_loss"]["held_out"]
+
+
+def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(
+    recipe: dict[str, Any], finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[1], run_dir)
+    shutil.rmtree(run_dir / "logs")
+    path = write(recipe, run_dir)
+    assert main(["verify", str(run_dir)]) == 0
+    newest, older = checkpoint.folder_of(run_dir, 7), checkpoint.folder_of(run_dir, 6)
+    flip(newest / "rank-00001.safetensors")
+    assert main(["verify", str(run_dir)]) == 1
+    assert main(["verify", str(run_dir), "--step", "6"]) == 0
+
+    code, out, err = run(path)
+    assert code == 0, out + err
+    assert "the checkpoint of step 7 is damaged and passed over" in out
+    assert "rank-00001.safetensors: its content is not what was written" in out
+    assert "continuing after step 6 (checked by sha256)" in out
+
+    shutil.rmtree(run_dir / "logs")
+    flip(newest / "manifest.json")
+    (older / "model" / "config.json").unlink()
+    code, out, err = run(path)
+    assert code == 2, out + err
+    assert "none of the 2 checkpoints" in err
+    assert "model/config.json: No such file or directory" in out
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
 
 
 def test_other_data_under_an_old_checkpoint_is_refused(
