@@ -72,6 +72,8 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
         if number == len(shards):
             tensors |= buffers  # in their own dtype, as transformers keeps them
         save_file(tensors, temporary / file, metadata={"format": "pt"})
+        # The library's files are for their owner only; a model's other files are not.
+        (temporary / file).chmod((temporary / "config.json").stat().st_mode & 0o777)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": weight_map}

@@ -189,11 +189,14 @@ def _batch_advice(path: list[str | int], tree: Mapping[str, Any]) -> str:
     for part in path[:-1]:
         section = section[part]
     per_device = next((section[name] for name in _PER_DEVICE if name in section), None)
-    known = [x for x in (per_device, section.get(_ACCUMULATION)) if isinstance(x, int)]
-    product = f"{' x '.join(str(x) for x in known)} x" if known else "per-device size x"
-    example = f", so {2 * math.prod(known)} on two" if known else ""
+    factors = [per_device if isinstance(per_device, int) else "per-device size"]
+    if isinstance(section.get(_ACCUMULATION), int):
+        factors.append(section[_ACCUMULATION])
+    product = " x ".join([*map(str, factors), "number of workers"])
+    known = all(isinstance(factor, int) for factor in factors)
+    example = f", so {2 * math.prod(factors)} on two" if known else ""
     return (
-        f"; set train.batch_size: {product} number of workers{example} (examples per optimizer "
+        f"; set train.batch_size: {product}{example} (examples per optimizer "
         "step over all ranks; accumulation follows from train.tokens_per_micro_batch)"
     )
 

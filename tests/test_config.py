@@ -252,7 +252,7 @@ def test_says_what_an_unknown_key_is_called(settings: dict[str, Any], message: s
     ("settings", "product"),
     [
         ({"per_device_train_batch_size": 4}, "4 x number of workers, so 8 on two"),
-        ({"gradient_accumulation_steps": 8}, "8 x number of workers, so 16 on two"),
+        ({"gradient_accumulation_steps": 8}, "per-device size x 8 x number of workers"),
         (
             {"train__micro_batch_size": 4, "train__gradient_accumulation_steps": 8},
             "4 x 8 x number of workers, so 64 on two",

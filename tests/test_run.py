@@ -105,6 +105,7 @@ def test_the_run_folder_is_complete(finished: tuple[Path, Path, str]) -> None:
 
 def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str]) -> None:
     _, run_dir, _ = finished
+    assert len({path.stat().st_mode for path in (run_dir / "model").iterdir()}) == 1
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     reader = checkpoint.Reader(checkpoint.folder_of(run_dir, 7))
     names = dict(model.named_parameters())
