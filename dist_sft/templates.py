@@ -84,7 +84,7 @@ def _read_chat_template(name: str, adds_bos: bool) -> str:
     - where an earlier answer merges with what is before it ("Assistant: " and "Paris" give the
       token " Paris" in byte-level vocabularies), or lacks SentencePiece's "▁" in front;
     - at every piece, the prompt's last one too, where SentencePiece puts "▁" in front of the
-      whole text only (Metaspace's prepend_scheme "first", as in Mistral's newer tokenizers);
+      whole text only (Metaspace's prepend_scheme "first": Llama tokenizers with `legacy` false);
     - where a control token swallows the white space beside it.
     There a served model reads its prompt in slightly other tokens than it was trained on. In both
     the cue ends before the answer's first token, so answers begin as they were learned.
