@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,7 +76,7 @@ def save(
         if rank == 0:
             write_model(temporary / "model")
             written |= _describe_files(temporary, "model")
-    except OSError as error:
+    except Exception as error:  # a rank that left here would let the others wait for its vote
         failure = f"rank {rank}: {error}"
     # What every rank has written is also its vote.
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -158,12 +159,19 @@ def newest_good(run_dir: Path, level: manifest.Level, say: Callable[[str], None]
     some and none is good: to begin anew would look like going on.
     """
     found = world.from_rank_0(steps(run_dir))  # file systems may show ranks different things
+    passed_over: list[Path] = []
     for step in reversed(found):
         wrong = world.gather(_my_problems(folder_of(run_dir, step), level))
         if not wrong:
+            # Out of the way, or the step could not be saved again, and pruning would count it.
+            for folder in passed_over:
+                folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+            dist.barrier()
             return int(step)
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
+        if dist.get_rank() == 0:
+            passed_over.append(folder_of(run_dir, step))
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {run_dir}/checkpoints is what was written, "

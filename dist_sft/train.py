@@ -78,8 +78,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         accelerator = make_accelerator(recipe, dtype, run_dir)
         # After a failure other ranks may be in a collective: leaving it politely could hang.
         stack.push(lambda kind, *_: accelerator.end_training() if kind is None else None)
-        data_sets = {"train": train_set, **eval_sets}
-        fingerprint = " ".join(f"{name}:{part.fingerprint}" for name, part in data_sets.items())
+        parts = [train_set.fingerprint, *(f"{n}:{x.fingerprint}" for n, x in eval_sets.items())]
+        fingerprint = " ".join(parts)
         world.agree(world.facts_of_this_rank(recipe.fingerprint(), fingerprint, place.device))
         # Before this line a signal ends a rank at once: there is nothing to save yet.
         stop = StopFlag(run_dir)

@@ -214,6 +214,11 @@ def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(
     assert "the checkpoint of step 7 is damaged and passed over" in out
     assert "rank-00001.safetensors: its content is not what was written" in out
     assert "continuing after step 6 (checked by sha256)" in out
+    assert checkpoint.steps(run_dir) == [6, 7], "the damaged one is out of the way"
+    assert len(list((run_dir / "checkpoints").glob("step-00000007.damaged-*"))) == 1
+    assert main(["verify", str(run_dir)]) == 0
+    weights = [load_file(d / "model" / "model.safetensors") for d in (finished[1], run_dir)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
     shutil.rmtree(run_dir / "logs")
     flip(newest / "manifest.json")
