@@ -2,10 +2,10 @@
 
     python benchmarks/profile_step.py models/smollm2-135m --tokens 1024 --length 128
 
-Runs forward and backward of one packed micro-batch, and AdamW's update shared out over the number
-of micro-batches in a step, on one rank. The table has each kind's seconds, its share, and for
-matrix products the rate next to that of `matmul_rate.py`, measured before and after: what is
-missing to the machine's rate is either other work, or products that are slower than the yardstick.
+Runs forward and backward of one packed micro-batch on one rank, and AdamW's update, which a step
+does once. Prints each kind's seconds and share, and how long the matrix products take against the
+rate of `matmul_rate.py`, measured before and after: what is missing to that rate is either other
+work, or products that are slower than the yardstick.
 """
 
 import argparse

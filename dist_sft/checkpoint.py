@@ -1,4 +1,4 @@
-"""The only file that knows what a checkpoint folder looks like: save, latest, restore, prune.
+"""Save, find, restore and prune checkpoints; beside `manifest` the only file that knows the folder.
 
     checkpoints/step-00000200/
         manifest.json              step, shapes, pieces; size and SHA-256 of every file below
@@ -36,16 +36,6 @@ class SaveFailed(RuntimeError):
     """Report that no checkpoint was made, as some rank could not write its part."""
 
 
-def folder_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def steps(run_dir: Path) -> list[int]:
-    """List the steps of all finished checkpoints, oldest first."""
-    return list(manifest.folders(run_dir))
-
-
 def save(
     run_dir: Path,
     step: int,
@@ -59,7 +49,7 @@ def save(
     SaveFailed on every rank where one cannot write; then nothing is left behind.
     """
     rank = dist.get_rank()
-    final = folder_of(run_dir, step)
+    final = manifest.folder_of(run_dir, step)
     # One rank looks: file systems may show ranks different things, and all must do the same.
     if world.from_rank_0(final.exists() if rank == 0 else None):
         return final
@@ -83,22 +73,16 @@ def save(
     dist.all_gather_object(everyone, (failure, written))
     failures = [said for said, _ in everyone if said]
     if rank == 0 and not failures:
+        content = facts | {
+            "format": manifest.FORMAT,
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "optimizer_steps": shards.optimizer_steps(engine),
+            "shapes": shards.parameter_shapes(engine),
+            "files": {name: entry for _, part in everyone for name, entry in part.items()},
+        }
         try:
-            manifest.write(
-                temporary,
-                facts
-                | {
-                    "format": manifest.FORMAT,
-                    "step": step,
-                    "world_size": dist.get_world_size(),
-                    "optimizer_steps": shards.optimizer_steps(engine),
-                    "shapes": shards.parameter_shapes(engine),
-                    "files": {name: e for _, part in everyone for name, e in part.items()},
-                },
-            )
-            once.sync(temporary)
-            temporary.rename(final)
-            once.sync(final.parent)
+            _commit(temporary, final, content)
         except OSError as error:
             failures = [f"rank 0: {error}"]
     failures = world.from_rank_0(failures)
@@ -107,6 +91,13 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailed(f"the checkpoint of step {step} cannot be saved: {'; '.join(failures)}")
     return final
+
+
+def _commit(temporary: Path, final: Path, content: dict[str, Any]) -> None:
+    manifest.write(temporary, content)
+    once.sync(temporary)
+    temporary.rename(final)
+    once.sync(final.parent)
 
 
 def _write_state(path: Path, engine: Engine) -> dict[str, Any]:
@@ -154,24 +145,21 @@ def _describe_files(folder: Path, under: str) -> dict[str, Any]:
 def newest_good(run_dir: Path, level: manifest.Level, say: Callable[[str], None]) -> int | None:
     """Return the step of the newest checkpoint that is what was written; every rank calls this.
 
-    Each rank checks its part of the files. Damaged ones are passed over, with a line that says
-    what is wrong; None where there are no checkpoints at all. Raises UserError where there are
-    some and none is good: to begin anew would look like going on.
+    Each rank checks its part of the files. Damaged ones are passed over, with a line that says what
+    is wrong, and renamed once a good one is found. None where there are no checkpoints at all.
+    Raises UserError where there are some and none is good: to begin anew would look like going on.
     """
-    found = world.from_rank_0(steps(run_dir))  # file systems may show ranks different things
-    passed_over: list[Path] = []
+    found = world.from_rank_0(list(manifest.folders(run_dir)))  # ranks may see different things
+    damaged: list[Path] = []
     for step in reversed(found):
-        wrong = world.gather(_my_problems(folder_of(run_dir, step), level))
+        folder = manifest.folder_of(run_dir, step)
+        wrong = list(dict.fromkeys(world.gather(_my_problems(folder, level))))
         if not wrong:
-            # Out of the way, or the step could not be saved again, and pruning would count it.
-            for folder in passed_over:
-                folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
-            dist.barrier()
+            _set_aside(damaged)
             return int(step)
+        damaged.append(folder)
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
-        if dist.get_rank() == 0:
-            passed_over.append(folder_of(run_dir, step))
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {run_dir}/checkpoints is what was written, "
@@ -185,8 +173,16 @@ def _my_problems(folder: Path, level: manifest.Level) -> list[str]:
     try:
         content = manifest.read(folder)
     except manifest.DamagedCheckpoint as error:
-        return [str(error)] if rank == 0 else []
+        return [str(error)]
     return manifest.problems(folder, content, sorted(content["files"])[rank::ranks], level)
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Rename them: else their steps would not be saved again, and pruning would count them."""
+    if dist.get_rank() == 0:
+        for folder in damaged:
+            folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+    dist.barrier()
 
 
 def restore(folder: Path, engine: Engine) -> None:
@@ -247,5 +243,5 @@ class Reader:
 
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
-    for step in steps(run_dir)[:-keep]:
-        shutil.rmtree(folder_of(run_dir, step))
+    for step in list(manifest.folders(run_dir))[:-keep]:
+        shutil.rmtree(manifest.folder_of(run_dir, step))

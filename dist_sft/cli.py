@@ -6,7 +6,6 @@ Only what a command needs is imported, when it runs: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,23 +176,12 @@ def _export(options: argparse.Namespace) -> None:
     recipe = read_config_json(options.run_dir)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"OUT: {options.out} exists already; give a new folder")
-    # DeepSpeed asks for its accelerator when it is imported, and guesses wrong without a GPU.
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    from dist_sft import checkpoint
+    step, folder = list(_checkpoints(options).items())[-1]
     from dist_sft.export import export
     from dist_sft.model import DTYPES
 
-    steps = checkpoint.steps(options.run_dir)
-    if not steps:
-        raise UserError(f"RUN_DIR: {options.run_dir} has no checkpoint yet")
-    step = steps[-1] if options.step is None else options.step
-    if step not in steps:
-        raise UserError(f"--step: got {step}; there are checkpoints of steps {steps}")
     name = options.dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "float32")
-    export(checkpoint.folder_of(options.run_dir, step), options.out, DTYPES[name])
+    export(folder, options.out, DTYPES[name])
     print(f"step {step} as {name}: {options.out}")
 
 
@@ -218,16 +206,9 @@ def _verify(options: argparse.Namespace) -> int:
 
     from dist_sft import manifest
 
-    folders = manifest.folders(options.run_dir)
-    if options.step is not None:
-        if options.step not in folders:
-            raise UserError(f"--step: got {options.step}; there are checkpoints of {list(folders)}")
-        folders = {options.step: folders[options.step]}
-    if not folders:
-        raise UserError(f"RUN_DIR: {options.run_dir} has no checkpoint yet")
     table = Table("step", "files", "GiB", "verdict", box=box.SIMPLE)
     wrong: list[str] = []
-    for step, folder in folders.items():
+    for step, folder in _checkpoints(options).items():
         content, found = manifest.check_all(folder)
         size = sum(entry["size"] for entry in content.get("files", {}).values()) / 2**30
         verdict = f"{len(found)} damaged" if found else "every byte is what was written"
@@ -248,6 +229,20 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override any setting of the recipe"
     )
+
+
+def _checkpoints(options: argparse.Namespace) -> dict[int, Path]:
+    """Return the folder of the step that was asked for, or of every checkpoint, oldest first."""
+    from dist_sft.manifest import folders
+
+    found = folders(options.run_dir)
+    if not found:
+        raise UserError(f"RUN_DIR: {options.run_dir} has no checkpoint yet")
+    if options.step is None:
+        return found
+    if options.step not in found:
+        raise UserError(f"--step: got {options.step}; there are checkpoints of steps {list(found)}")
+    return {options.step: found[options.step]}
 
 
 def _read(options: argparse.Namespace) -> tuple[Recipe, Words]:

@@ -136,6 +136,11 @@ def open_datasets(stores: Stores, data: Data, seed: int) -> tuple[Dataset, dict[
     return train, {store.name: Dataset([store]) for store in opened(stores.eval)}
 
 
+def fingerprint(train: Dataset, evals: dict[str, Dataset]) -> str:
+    """Return what names the content of all data sets of a run."""
+    return " ".join([train.fingerprint, *(f"{name}:{x.fingerprint}" for name, x in evals.items())])
+
+
 def make_plan(dataset: Dataset, data: Data, seed: int, batch_size: int) -> Plan:
     """Return which samples make up every step."""
     weights = tuple(source.weight for source in data.train)

@@ -1,4 +1,4 @@
-"""The SHA-256 of large files, computed again only where a file may have changed.
+"""The SHA-256 of files: of one that is there, of one that did not change, of one being written.
 
 Every node asks at every start whether source and encoded data are what they were. Reading them for
 that takes a second per GiB where the disk is fast, and minutes where many nodes share one.

@@ -152,7 +152,6 @@ def make_accelerator(recipe: Recipe, dtype: torch.dtype, project_dir: Path) -> A
     common: dict[str, Any] = {
         "mixed_precision": PRECISION[dtype],
         "kwargs_handlers": [group],
-        "log_with": list(recipe.trackers) or None,
         "project_dir": project_dir,
     }
     if recipe.deepspeed is None:

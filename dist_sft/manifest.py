@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and whether its files still are what was written.
+"""Where checkpoints are, what each says about itself, and whether it still is what was written.
 
 `manifest.json` has the size and SHA-256 of every other file in the folder; `manifest.sha256` has
 its own, as `sha256sum -c` reads it. Imports no torch.
@@ -28,6 +28,11 @@ _FOLDER = re.compile(r"step-(\d{8})")
 
 class DamagedCheckpoint(RuntimeError):
     """Report a checkpoint whose manifest is missing or is not what was written."""
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def folders(run_dir: Path) -> dict[int, Path]:

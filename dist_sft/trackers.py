@@ -85,7 +85,10 @@ def start_trackers(
             told = _numbers_told(run_dir, done, done if once else math.inf) if old else {}
             # In this list accelerate passes numbers on to them, and ends them after training.
             accelerator.trackers.append(Curve(tracker, told, say))
-        write_atomically(memory, json.dumps(known, indent=2) + "\n")
+        try:
+            write_atomically(memory, json.dumps(known, indent=2) + "\n")
+        except OSError as error:
+            problems.append(f"trackers: {memory} cannot be written: {error.strerror}")
     [problem] = broadcast_object_list(["\n".join(problems)])
     if problem:
         raise UserError(f"{problem}\nmetrics.jsonl has the same numbers: trackers may be left out")

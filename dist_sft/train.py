@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from dist_sft import attention, checkpoint, data, report, runs, world
+from dist_sft import attention, checkpoint, data, manifest, report, runs, world
 from dist_sft.batches import Feeder
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
@@ -34,9 +33,10 @@ from dist_sft.metrics import (
     peak_memory_bytes,
     peak_rate,
 )
-from dist_sft.model import fit_vocabulary, load_model, make_random_weights, resolve_dtype
+from dist_sft.model import fit_vocabulary, load_model, resolve_dtype
 from dist_sft.optim import learning_rate
 from dist_sft.plan import summarize
+from dist_sft.prepare import prepare_once
 from dist_sft.runs import Outcome
 from dist_sft.step import (
     agree_on_step,
@@ -48,7 +48,7 @@ from dist_sft.step import (
 )
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
-from dist_sft.tokenizer import Words, load_words, model_folder
+from dist_sft.tokenizer import load_words, model_folder
 from dist_sft.trackers import check_installed, start_trackers
 from dist_sft.world import Place
 
@@ -78,8 +78,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         accelerator = make_accelerator(recipe, dtype, run_dir)
         # After a failure other ranks may be in a collective: leaving it politely could hang.
         stack.push(lambda kind, *_: accelerator.end_training() if kind is None else None)
-        parts = [train_set.fingerprint, *(f"{n}:{x.fingerprint}" for n, x in eval_sets.items())]
-        fingerprint = " ".join(parts)
+        fingerprint = data.fingerprint(train_set, eval_sets)
         world.agree(world.facts_of_this_rank(recipe.fingerprint(), fingerprint, place.device))
         # Before this line a signal ends a rank at once: there is nothing to save yet.
         stop = StopFlag(run_dir)
@@ -114,20 +113,19 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             stack.callback(metrics.close)
         stack.callback(console.close)
 
-        stop_ids = data.make_encoder(recipe.data, words).stop_ids
+        facts = {"recipe": recipe.fingerprint(), "data": fingerprint}
+        write_model = partial(
+            write_model_files,
+            model=engine.module,
+            tokenizer=words.tokenizer,
+            stop_ids=data.make_encoder(recipe.data, words).stop_ids,
+            chat_template=words.template.chat_template,
+        )
 
         def save(step: int) -> bool:
             """Save and prune; a checkpoint that cannot be written does not end the run."""
-            facts = {"recipe": recipe.fingerprint(), "data": fingerprint}
-            write = partial(
-                write_model_files,
-                model=engine.module,
-                tokenizer=words.tokenizer,
-                stop_ids=stop_ids,
-                chat_template=words.template.chat_template,
-            )
             try:
-                checkpoint.save(run_dir, step, engine, facts, write)
+                checkpoint.save(run_dir, step, engine, facts, write_model)
             except checkpoint.SaveFailed as error:
                 console.say(f"NOT SAVED: {error}")
                 if metrics:
@@ -235,39 +233,13 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 "from the one before"
             )
         if place.rank == 0:
-            export(checkpoint.folder_of(run_dir, total), run_dir / "model", dtype)
+            export(manifest.folder_of(run_dir, total), run_dir / "model", dtype)
             steps = report.read_steps(run_dir / "metrics.jsonl")
             report.draw_loss(steps, run_dir / "loss.png")
             for text in report.summarize(steps, peak_source):
                 console.say(text)
         console.say(f"finished {run_dir}: the model is in {run_dir}/model")
         return Outcome(runs.FINISHED, "finished", total)
-
-
-def prepare_once(
-    run_dir: Path, attempt: int, place: Place, recipe: Recipe, words: Words, console: Console
-) -> data.Stores:
-    """Let the first rank of every node prepare data and random weights; wait for all nodes.
-
-    Raises RuntimeError when a rank gives up meanwhile.
-    """
-    files = [runs.attempt_dir(run_dir, attempt) / f"data-{n}.json" for n in range(place.nodes)]
-    if place.local_rank == 0:
-        stores = data.prepare(recipe.data, words, console.say)
-        if recipe.model.config is not None:
-            make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
-        runs.write_atomically(files[place.node_rank], stores.to_json())
-    for number, file in enumerate(files):
-        pause = 0.05
-        while not file.exists():
-            failed = runs.first_failure(run_dir, attempt)
-            if failed:
-                raise RuntimeError(f"rank {failed[0]} gave up: {failed[1].reason}")
-            if pause < 1.0 <= pause * 2:
-                console.say(f"waiting until node {number} has its data")
-            time.sleep(pause)
-            pause = min(1.0, pause * 2)
-    return data.Stores(**json.loads(files[place.node_rank].read_text(encoding="utf-8")))
 
 
 def evaluates_after(step: int, total: int, recipe: Recipe) -> bool:
@@ -322,7 +294,7 @@ def restore_newest(
     newest = checkpoint.newest_good(run_dir, level, console.say)
     if newest is None:
         return 0
-    folder = checkpoint.folder_of(run_dir, newest)
+    folder = manifest.folder_of(run_dir, newest)
     if checkpoint.Reader(folder).manifest["data"] != fingerprint:
         raise UserError(
             f"the encoded data is not what {folder} was trained on: a data file, the template or "

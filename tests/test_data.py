@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_tokenizers import pad_is_eos
@@ -86,3 +87,10 @@ def test_threads_are_used_and_do_no_harm_to_a_child(
         [sys.executable, "-c", RANK, tmp_path], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_evaluation_set_never_stands_for_the_training_set() -> None:
+    train, other, held_out = (SimpleNamespace(fingerprint=name) for name in ("a", "b", "c"))
+    evals = {"train": held_out}
+    assert data.fingerprint(train, evals) != data.fingerprint(other, evals)
+    assert data.fingerprint(train, evals) != data.fingerprint(train, {"train": other})

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_sft import checkpoint, report
+from dist_sft import checkpoint, manifest, report
 from dist_sft.cli import main
 
 
@@ -92,7 +92,7 @@ def test_metrics_have_every_step(finished: tuple[Path, Path, str]) -> None:
 
 def test_the_run_folder_is_complete(finished: tuple[Path, Path, str]) -> None:
     _, run_dir, out = finished
-    assert checkpoint.steps(run_dir) == [6, 7]
+    assert list(manifest.folders(run_dir)) == [6, 7]
     assert json.loads((run_dir / "logs/attempt-0/outcome.json").read_text()) == {
         "code": 0, "reason": "finished", "step": 7,
     }  # fmt: skip
@@ -107,7 +107,7 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str])
     _, run_dir, _ = finished
     assert len({path.stat().st_mode for path in (run_dir / "model").iterdir()}) == 1
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    reader = checkpoint.Reader(checkpoint.folder_of(run_dir, 7))
+    reader = checkpoint.Reader(manifest.folder_of(run_dir, 7))
     names = dict(model.named_parameters())
     assert names.keys() == reader.manifest["shapes"].keys()
     for name, parameter in names.items():
@@ -154,7 +154,7 @@ def test_stopped_and_continued_is_bit_identical(
     assert process.returncode == 75, out + err
     stopped = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())["step"]
     assert 1 <= stopped < 7, "the stop came too late to prove anything"
-    assert checkpoint.steps(run_dir)[-1] == stopped
+    assert list(manifest.folders(run_dir))[-1] == stopped
 
     code, out, err = run(path)
     assert code == 0, out + err
@@ -186,7 +186,7 @@ def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path
     (line,) = report.read_steps(run_dir / "metrics.jsonl")
     assert line["step"] == 1
     assert "eval_loss" not in line, "the stop came too late to prove anything"
-    assert checkpoint.steps(run_dir) == [1]
+    assert list(manifest.folders(run_dir)) == [1]
 
     code, out, err = run(path)
     assert code == 0, out + err
@@ -204,7 +204,7 @@ def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(
     shutil.rmtree(run_dir / "logs")
     path = write(recipe, run_dir)
     assert main(["verify", str(run_dir)]) == 0
-    newest, older = checkpoint.folder_of(run_dir, 7), checkpoint.folder_of(run_dir, 6)
+    newest, older = manifest.folder_of(run_dir, 7), manifest.folder_of(run_dir, 6)
     flip(newest / "rank-00001.safetensors")
     assert main(["verify", str(run_dir)]) == 1
     assert main(["verify", str(run_dir), "--step", "6"]) == 0
@@ -214,7 +214,7 @@ def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(
     assert "the checkpoint of step 7 is damaged and passed over" in out
     assert "rank-00001.safetensors: its content is not what was written" in out
     assert "continuing after step 6 (checked by sha256)" in out
-    assert checkpoint.steps(run_dir) == [6, 7], "the damaged one is out of the way"
+    assert list(manifest.folders(run_dir)) == [6, 7], "the damaged one is out of the way"
     assert len(list((run_dir / "checkpoints").glob("step-00000007.damaged-*"))) == 1
     assert main(["verify", str(run_dir)]) == 0
     weights = [load_file(d / "model" / "model.safetensors") for d in (finished[1], run_dir)]
@@ -227,6 +227,25 @@ def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(
     assert code == 2, out + err
     assert "none of the 2 checkpoints" in err
     assert "model/config.json: No such file or directory" in out
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    path = write(recipe, run_dir)
+    assert run(path, "--prepare")[0] == 0
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / ".step-00000002.tmp").touch()  # where a folder has to be made
+    code, out, err = run(path)
+    assert code == 0, out + err
+    assert "NOT SAVED: the checkpoint of step 2 cannot be saved: rank 0: " in out
+    events = [
+        x for x in map(json.loads, read(run_dir / "metrics.jsonl").splitlines()) if "event" in x
+    ]
+    assert [(x["event"], x["step"]) for x in events] == [("checkpoint_failed", 2)]
+    assert "rank 1: " in events[0]["reason"]
+    assert list(manifest.folders(run_dir)) == [6, 7]
 
 
 def flip(file: Path) -> None:
@@ -270,4 +289,4 @@ def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) 
     assert re.search(r"the loss is (inf|nan) in step 2", err)
     assert len(set(re.findall(r"rows row \d+", err))) == 8, "of both ranks"
     assert "lower optimizer.lr" in err
-    assert checkpoint.steps(tmp_path / "run") == []
+    assert list(manifest.folders(tmp_path / "run")) == []

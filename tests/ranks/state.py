@@ -18,7 +18,7 @@ from cells import Run, own_state
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
-from dist_sft import checkpoint, shards
+from dist_sft import checkpoint, manifest, shards
 from dist_sft.engine import Engine, ZeroEngine
 from dist_sft.export import export, write_model_files
 
@@ -45,7 +45,7 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
 
 def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
     run, run_dir = Run(job, SimpleNamespace(**task.cell)), Path(task.folder)
-    folder = checkpoint.folder_of(run_dir, SAVED)
+    folder = manifest.folder_of(run_dir, SAVED)
     if task.save:
         for number in range(1, SAVED + 1):
             run.gradient(number)
