@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
 
-.PHONY: quickstart install test test-core lint docs bench clean
+.PHONY: quickstart install test test-core test-gpu lint docs bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dist_sft.quickstart --workers 2
@@ -22,11 +22,14 @@ install: .venv/installed-dev
 	touch $@
 
 test: install lint
-	$(PYTEST) -m "not slow" -q
+	$(PYTEST) -m "not slow and not gpu" -q
 	$(PYTEST) -m slow -q
 
 test-core: install
-	$(PYTEST) -m "not slow" -q
+	$(PYTEST) -m "not slow and not gpu" -q
+
+test-gpu: install
+	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,13 +2,16 @@
 
     python benchmarks/train_speed.py --rows alpaca_en.json            # the three contestants
     python benchmarks/train_speed.py --rows alpaca_en.json --ranks    # dist_sft: 2 ranks against 1
+    python benchmarks/train_speed.py --rows alpaca_en.json --dtype bfloat16 --batch-size 128 \
+        --steps 12 --warmup 4 --set train.tokens_per_micro_batch=16384         # on a GPU
 
-Contestants: `plain`, the usual Trainer recipe (batch 4 x accumulation 8); `rebalance`, the same
+Contestants: `plain`, the usual Trainer recipe (batch 4 x accumulation 8,
+or as many rows in 8 parts as --batch-size says); `rebalance`, the same
 with `train_sampling_strategy="batch_rebalance"`; `dist_sft` through its launcher. They train the
-same rows in the same optimizer batches of 32 from the same weights: each one gets its rows placed
+same rows in the same optimizer batches from the same weights: each one gets its rows placed
 so that its own sampler draws them in these batches, its token counts are compared with ours, and
 the losses, which the table shows, agree to rounding. Each runs in a process of its own, one after
-the other, round after round; the first step is warm-up; the table shows medians over the rounds.
+the other, round after round; the first steps are warm-up; the table shows medians over the rounds.
 
 Columns: real tokens/s, their ratio to the first contestant in the same round, supervised tokens/s,
 real tokens / tokens computed (padding included), peak memory of a training process, useful GFLOP/s
@@ -44,7 +47,7 @@ from tokenizers import Tokenizer
 from dist_sft.plan import Plan
 
 HERE = Path(__file__).resolve().parent
-BATCH_SIZE = 32
+ACCUMULATION = 8  # of the Trainer contestants
 LEARNING_RATE = 2e-5
 
 Row = dict[str, str]
@@ -61,6 +64,7 @@ CASES = {
     "alpaca-256": Case(256),
     "alpaca-1024": Case(1024),
     "equal-256": Case(256, equal_lengths=True),
+    "equal-1024": Case(1024, equal_lengths=True),
 }
 
 
@@ -70,10 +74,11 @@ class Work(NamedTuple):
     rows: list[Row]
     tokens: list[Tokens]
     max_length: int
+    batch_size: int
 
     def step(self, step: int) -> list[Tokens]:
         """Return the tokens of one optimizer batch; steps count from 1."""
-        return self.tokens[(step - 1) * BATCH_SIZE : step * BATCH_SIZE]
+        return self.tokens[(step - 1) * self.batch_size : step * self.batch_size]
 
 
 class Setting(NamedTuple):
@@ -83,6 +88,8 @@ class Setting(NamedTuple):
     size: ModelSize
     threads: int
     dtype: str
+    warmup: int
+    """Steps that are not counted."""
     overrides: list[str]
 
 
@@ -113,13 +120,13 @@ def main() -> None:
     options = command_line().parse_args()
     model: Path = options.model.resolve()
     size = ModelSize.read(model)
-    setting = Setting(model, size, options.threads, options.dtype, options.set)
+    setting = Setting(model, size, options.threads, options.dtype, options.warmup, options.set)
     contestants = RANKS if options.ranks else [CONTESTANTS[name] for name in options.contestants]
     rows = json.loads(options.rows.read_text(encoding="utf-8"))
     console = Console(width=None if sys.stdout.isatty() else 140)
     runs: list[Run] = []
     for case in options.cases:
-        work = make_work(CASES[case], rows, model, options.steps)
+        work = make_work(CASES[case], rows, model, options.batch_size, options.steps)
         for round_number in range(1, options.rounds + 1):
             for contestant in contestants:
                 runs.append(measure(case, round_number, contestant, work, setting))
@@ -137,12 +144,14 @@ def command_line() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rows", type=Path, required=True, help="JSON list of Alpaca rows")
     add("--model", type=Path, default=HERE.parent / "models/smollm2-135m", help="Llama-like model")
-    add("--cases", nargs="+", choices=CASES, default=list(CASES))
+    add("--cases", nargs="+", choices=CASES, default=["alpaca-256", "alpaca-1024", "equal-256"])
     add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS),
         help="the first one is the measure of the others")  # fmt: skip
     add("--ranks", action="store_true", help="instead, compare 1 and 2 ranks of dist_sft")
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=3, help="optimizer steps of a run, the warm-up among them")
+    add("--warmup", type=int, default=1, help="steps at the start that are not counted")
+    add("--batch-size", type=int, default=32, help="rows of a step; a multiple of 8")
     add("--threads", type=int, default=1, help="threads of each rank")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add("--set", action="append", default=[], metavar="key=value",
@@ -151,7 +160,7 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def make_work(case: Case, rows: Sequence[Row], model: Path, steps: int) -> Work:
+def make_work(case: Case, rows: Sequence[Row], model: Path, batch_size: int, steps: int) -> Work:
     """Choose the rows of `steps` optimizer batches, the same ones every time."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -165,11 +174,11 @@ def make_work(case: Case, rows: Sequence[Row], model: Path, steps: int) -> Work:
     if case.equal_lengths:
         shuffled = [lengthen(row, case.max_length, count) for row in shuffled]
     usable = [row for row in shuffled if count(row).supervised > 0]
-    chosen = usable[: steps * BATCH_SIZE]
-    if len(chosen) < steps * BATCH_SIZE:
-        sys.exit(f"{steps} steps need {steps * BATCH_SIZE} rows, {len(usable)} are usable: "
+    chosen = usable[: steps * batch_size]
+    if len(chosen) < steps * batch_size:
+        sys.exit(f"{steps} steps need {steps * batch_size} rows, {len(usable)} are usable: "
                  "give more --rows or fewer --steps")  # fmt: skip
-    return Work(chosen, [count(row) for row in chosen], case.max_length)
+    return Work(chosen, [count(row) for row in chosen], case.max_length, batch_size)
 
 
 def lengthen(row: Row, length: int, count: Callable[[Row], Tokens]) -> Row:
@@ -189,6 +198,8 @@ def trainer(sampling: str, work: Work, setting: Setting, folder: Path) -> list[s
         "threads": setting.threads,
         "dtype": setting.dtype,
         "lr": LEARNING_RATE,
+        "batch": work.batch_size // ACCUMULATION,
+        "accumulation": ACCUMULATION,
         "sampling": sampling,
     }
     command = [sys.executable, str(HERE / "trainer_recipe.py"), str(rows), str(folder / "run")]
@@ -198,7 +209,7 @@ def trainer(sampling: str, work: Work, setting: Setting, folder: Path) -> list[s
 def dist_sft(workers: int, work: Work, setting: Setting, folder: Path) -> list[str]:
     """Return the command of dist_sft, whose plan draws the rows in training order."""
     num_rows = len(work.rows)
-    plan = Plan((num_rows,), (1.0,), seed=0, batch_size=BATCH_SIZE)
+    plan = Plan((num_rows,), (1.0,), seed=0, batch_size=work.batch_size)
     drawn = np.concatenate([plan.samples(step + 1) for step in range(plan.steps_per_epoch)])
     placed = [work.rows[i] for i in np.argsort(drawn)]
     rows = folder / "rows.json"
@@ -212,6 +223,7 @@ def dist_sft(workers: int, work: Work, setting: Setting, folder: Path) -> list[s
         "data.max_length": work.max_length,
         "threads_per_worker": setting.threads,
         "optimizer.lr": LEARNING_RATE,
+        "train.batch_size": work.batch_size,
     }
     return [
         *(sys.executable, str(HERE.parent / "launch/local.py"), "train"),
@@ -255,10 +267,12 @@ def measure(
     check_equal_work(contestant.name, work, lines)
     shutil.rmtree(folder)  # where something failed it stays: its logs say why
 
-    measured = [line for step, line in sorted(lines.items()) if step > 1]
+    measured = [line for step, line in sorted(lines.items()) if step > setting.warmup]
     seconds = sum(line["seconds"] for line in measured)
     supervised_tokens = sum(line["supervised_tokens"] for line in measured)
-    lengths = [len(row.input_ids) for step in lines if step > 1 for row in work.step(step)]
+    lengths = [
+        len(row.input_ids) for step in lines if step > setting.warmup for row in work.step(step)
+    ]
     computed = [line.get("computed_tokens") for line in measured]
     return Run(
         case=case,
@@ -305,7 +319,7 @@ def read_steps(metrics: Path) -> dict[int, dict[str, Any]]:
 
 def check_equal_work(name: str, work: Work, lines: dict[int, dict[str, Any]]) -> None:
     """Stop unless every step trained on the tokens that it was given, no more and no fewer."""
-    steps = len(work.rows) // BATCH_SIZE
+    steps = len(work.rows) // work.batch_size
     if sorted(lines) != list(range(1, steps + 1)):
         sys.exit(f"{name} was to take steps 1 to {steps}, it took {sorted(lines)}")
     for step, line in lines.items():

@@ -1,7 +1,7 @@
 """Train with `transformers.Trainer`: the plain recipe, and the same with `batch_rebalance`.
 
 Started by `train_speed.py`. Writes one line per optimizer step, with the names dist_sft uses, to
-RUN_DIR/metrics.jsonl. Batch 4 x accumulation 8, AdamW, constant learning rate, clip 1.0.
+RUN_DIR/metrics.jsonl. AdamW, constant learning rate, clip 1.0.
 """
 
 import argparse
@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--accumulation", type=int, required=True)
     parser.add_argument("--sampling", choices=["sequential", "batch_rebalance"], required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -60,8 +62,8 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         args=TrainingArguments(
             output_dir=str(options.run_dir),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=8,
+            per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulation,
             num_train_epochs=1,
             learning_rate=options.lr,
             lr_scheduler_type="constant",

@@ -26,7 +26,7 @@ def start(recipe: Path, *overrides: str, workers: int = 2) -> subprocess.Popen[s
         [sys.executable, "launch/local.py", "train", str(recipe), *overrides,
          "--workers", str(workers)],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")},
     )  # fmt: skip
 
 

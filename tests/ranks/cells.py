@@ -29,7 +29,7 @@ from dist_sft.optim import learning_rate
 from dist_sft.plan import Plan
 from dist_sft.stopping import StopFlag
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Rows:
@@ -58,18 +58,18 @@ class Run:
         model = load_model(self.recipe.model, folder, loaded_in)
         self.engine = engine.make_engine(accelerator, model, self.recipe)
         packing = "on" if cell.packed else "off"
-        packed = train.choose_packing(self.engine, packing, CPU, dtype, Console(None))
+        packed = train.choose_packing(self.engine, packing, DEVICE, dtype, Console(None))
         rows, rank, world = Rows(job.rows), dist.get_rank(), dist.get_world_size()
-        self.feeder = Feeder(rows, rank, world, cell.budget, packed, CPU)
+        self.feeder = Feeder(rows, rank, world, cell.budget, packed, DEVICE)
         self.plan = Plan((len(rows),), (1.0,), job.seed, job.batch_size)
-        self._stop, self._clock = StopFlag(run_dir), Clock(CPU)
+        self._stop, self._clock = StopFlag(run_dir), Clock(DEVICE)
 
     def gradient(self, number: int) -> tuple[float, int]:
         """Compute a step's gradient; return its loss, and the micro-batches of each rank."""
         batches = self.feeder.micro_batches(self.plan.samples(number))
-        supervised = step.agree_on_step(batches, self._stop, CPU).supervised
+        supervised = step.agree_on_step(batches, self._stop, DEVICE).supervised
         losses = step.run_micro_batches(self.engine, batches, supervised, self._clock)
-        return step.summed(losses, CPU) / supervised, len(batches)
+        return step.summed(losses, DEVICE) / supervised, len(batches)
 
     def update(self, number: int) -> float:
         """Finish a step; return its gradient's norm."""
@@ -79,7 +79,7 @@ class Run:
         return self.engine.step()
 
     def evaluate(self) -> float:
-        value = step.evaluate(self.engine, self.feeder, self._stop, CPU)
+        value = step.evaluate(self.engine, self.feeder, self._stop, DEVICE)
         assert value is not None
         return value
 

@@ -49,7 +49,7 @@ def worst_difference(
         ours = safe_get_full_grad(parameter) if is_zero else parameter.grad
         assert ours is not None, f"{name} has no gradient"
         truth = reference[f"{number}|{name}"]
-        worst = max(worst, float((ours.float() - truth).norm() / truth.norm()))
+        worst = max(worst, float((ours.float().cpu() - truth).norm() / truth.norm()))
     return worst
 
 
