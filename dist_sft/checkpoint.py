@@ -16,20 +16,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from dist_sft import manifest, once, shards, world
 from dist_sft.digests import HashingFile, sha256
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
+from dist_sft.pieces import Reader
 
 
 class SaveFailed(RuntimeError):
@@ -202,46 +201,10 @@ def restore(folder: Path, engine: Engine) -> None:
     shards.publish(engine)
 
 
-class Reader:
-    """Read element ranges of a checkpoint's tensors."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = manifest.read(folder)
-        self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-        for file, entry in self.manifest["files"].items():
-            for name, start, length in entry.get("pieces", ()):
-                self._pieces[name].append((start, length, file))
-        self._open: dict[str, Any] = {}
-
-    def read(self, name: str, key: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (offset from start, values) until the range of the flattened tensor is complete."""
-        covered = 0
-        for piece_start, piece_length, file in sorted(self._pieces[name]):
-            first = max(start, piece_start)
-            last = min(start + length, piece_start + piece_length)
-            if first < last:
-                source = self._file(file).get_slice(f"{name}|{key}|{piece_start}")
-                yield first - start, source[first - piece_start : last - piece_start]
-                covered += last - first
-        assert covered == length, f"{self.folder} holds {covered} of {length} elements of {name}"
-
-    def tensor(self, name: str, key: str = "fp32") -> Tensor:
-        """Return one whole tensor in its own shape."""
-        shape = self.manifest["shapes"][name]
-        whole = torch.empty(shape)
-        flat = whole.view(-1)
-        for offset, piece in self.read(name, key, 0, flat.numel()):
-            flat[offset : offset + len(piece)] = piece
-        return whole
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name]
-
-
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints; none ever lacks a part under its name."""
     for step in list(manifest.folders(run_dir))[:-keep]:
-        shutil.rmtree(manifest.folder_of(run_dir, step))
+        folder = manifest.folder_of(run_dir, step)
+        folder.rename(folder.with_name(f".{folder.name}.old"))
+    for folder in (run_dir / "checkpoints").glob(".step-*.old"):  # a killed run's leftovers, too
+        shutil.rmtree(folder)

@@ -170,7 +170,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("set epochs or steps, not both")
+            raise ValueError("set epochs or steps, not both (the other one: null)")
         return self
 
 
@@ -270,6 +270,14 @@ class Recipe(Section):
                 "model.dtype float16 needs loss scaling, which comes with DeepSpeed: "
                 "set deepspeed: zero1, zero2 or zero3, or model.dtype: bfloat16"
             )
+        if self.model.dtype == "float16" and self.deepspeed:
+            zero = self.deepspeed.zero_optimization
+            if zero.offloads_optimizer and zero.stage < 3:
+                raise ValueError(
+                    "model.dtype float16 with an offloaded optimizer needs ZeRO stage 3: below, "
+                    "DeepSpeed 0.19 skips every step after the first overflow. Set deepspeed: "
+                    "zero3-offload, or model.dtype: bfloat16"
+                )
         return self
 
     def to_json(self) -> str:

@@ -5,11 +5,10 @@ Nothing here imports torch: `batches` turns samples into tensors.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_sft.chat import Encoder
@@ -31,10 +30,6 @@ class Stores:
     """(source name, store folder)"""
     eval: list[tuple[str, str]]
     vocab_size: int
-
-    def to_json(self) -> str:
-        """Return the text of the file that waiting ranks read."""
-        return json.dumps(asdict(self))
 
 
 def cache_folder(data: Data) -> Path:
@@ -119,7 +114,7 @@ def describe(meta: StoreMeta, name: str) -> str:
     if lost:
         parts.append("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in lost.items()))
     if meta.duplicates:
-        parts.append(f"{meta.duplicates:,} duplicates")
+        parts.append(f"duplicates: {meta.duplicates:,}")
     return "; ".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -11,15 +12,22 @@ BATCH_PROMPTS = 64
 
 
 def greedy(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], end: int, max_new_tokens: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
 ) -> list[list[int]]:
-    """Return the token ids that follow each prompt, without the end token.
+    """Return the token ids that follow each prompt, without the token that ends it.
 
-    `end` is the token id that ends an answer; an answer that does not end in time is cut after
-    `max_new_tokens` tokens.
+    Each of `stop_ids` ends an answer; one that does not end in time is cut after `max_new_tokens`
+    tokens.
     """
+    pad = stop_ids[0]
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad,
     )
     # Neighbours of similar length need little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -27,7 +35,7 @@ def greedy(
     for first in range(0, len(order), BATCH_PROMPTS):
         batch = order[first : first + BATCH_PROMPTS]
         longest = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), longest), end)
+        ids = torch.full((len(batch), longest), pad)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(batch):
             # Padding goes to the left, so that every prompt ends where its answer begins.
@@ -40,5 +48,5 @@ def greedy(
                 generation_config=settings,
             )
         for i, tokens in zip(batch, output[:, longest:].tolist(), strict=True):
-            answers[i] = tokens[: tokens.index(end)] if end in tokens else tokens
+            answers[i] = list(takewhile(lambda token: token not in stop_ids, tokens))
     return answers

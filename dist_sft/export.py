@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dist_sft.checkpoint import Reader
+from dist_sft.pieces import Reader
 
 SHARD_BYTES = 5 * 2**30
 BUFFERS = "buffers.safetensors"

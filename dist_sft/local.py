@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistakes and not options.prepare and not runs.is_finished(Path(recipe.run_dir)):
             raise UserError("\n".join(mistakes))
         if options.dry_run:
+            runs.check(recipe)
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
         launch = runs.Launch("local", 1, workers, {"overrides": options.overrides},

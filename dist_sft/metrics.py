@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import resource
 import time
 from collections import defaultdict
@@ -17,7 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-# Dense bfloat16 peaks in FLOP/s from the vendor's data sheets, by a part of the device's name.
+# Dense bfloat16 peaks in FLOP/s from the vendor's data sheets, by words of the device's name.
 GPU_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -30,7 +31,6 @@ GPU_PEAKS = {
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
-    "MI300X": 1307e12,
 }
 
 
@@ -147,7 +147,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for part, rate in GPU_PEAKS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return rate, f"peak of {name} by its data sheet"
     return matmul_rate(device, dtype), "matrix-multiply rate measured at the start"
 
@@ -164,7 +164,9 @@ class FlopCounter:
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        skipped = {id(m.weight) for m in (embedding, head) if m is not None}
+        # Tables of tokens and positions are looked up; the head has a count of its own.
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        skipped = {id(m.weight) for m in (*tables, head) if m is not None}
         self._body = sum(
             _active_numel(name, p, config)
             for name, p in model.named_parameters()
@@ -191,6 +193,7 @@ def _active_numel(name: str, parameter: nn.Parameter, config: Any) -> float:
     """Return the weights of a parameter that one token meets: a few experts, not all."""
     numel = math.prod(_shape(parameter))
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if experts and ".experts" in name:
-        return float(numel * config.num_experts_per_tok / experts)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    if experts and chosen and ".experts" in name:
+        return float(numel * chosen / experts)
     return numel

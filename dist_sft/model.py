@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dist_sft import config as settings
 from dist_sft.errors import UserError
 from dist_sft.once import DamagedError, make_once
+from dist_sft.store import Dataset
 from dist_sft.tokenizer import explain_missing
 
 DTYPES = {
@@ -51,19 +53,29 @@ def make_random_weights(recipe: settings.Recipe, vocab_size: int, folder: Path) 
     try:
         architecture = AutoConfig.for_model(**keys)
         _check_keys(keys, architecture)
-        torch.manual_seed(recipe.seed)
-        random_model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     except UserError:
         raise
-    except Exception as error:  # whatever the model's own code raises on sizes that do not fit
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"model.config describes no model that can be built: {said}") from error
+    except Exception as error:  # whatever the model's own code raises on settings that do not fit
+        raise _cannot_be_built(error) from error
+
+    def make(unfinished: Path) -> None:
+        torch.manual_seed(recipe.seed)
+        try:
+            model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+        except Exception as error:  # or on sizes
+            raise _cannot_be_built(error) from error
+        model.save_pretrained(unfinished)
 
     def load() -> None:
         if not folder.is_dir():
             raise DamagedError(f"{folder} is missing")
 
-    make_once(folder, make=random_model.save_pretrained, load=load, what="random weights")
+    make_once(folder, make=make, load=load, what="random weights")
+
+
+def _cannot_be_built(error: Exception) -> UserError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"model.config describes no model that can be built: {said}")
 
 
 def _check_model_type(model_type: object) -> None:
@@ -131,6 +143,21 @@ def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTra
         loaded.activation_checkpointing_enable({"use_reentrant": False})
     loaded.train()
     return cast(PreTrainedModel, loaded)
+
+
+def check_positions(model: PreTrainedModel, datasets: Mapping[str, Dataset]) -> None:
+    """Raise UserError where rows are longer than the model has positions.
+
+    Learned positions end there, with an index error at best; rotary ones go on untrained, silently.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, dataset in datasets.items():
+        longest = int(dataset.lengths.max(initial=0))
+        if limit and longest - 1 > limit:  # the last token of a row is only ever a target
+            raise UserError(
+                f"data.max_length: {name} has rows of up to {longest} tokens, but the model takes "
+                f"{limit} (its config's max_position_embeddings); set data.max_length: {limit}"
+            )
 
 
 def fit_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:

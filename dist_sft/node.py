@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
 
 SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
+OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def rank_environment(threads: int, gpus: int) -> dict[str, str]:
     }
     if not gpus:
         # glibc returns large tensors to the kernel when they are freed, and a CPU step spends its
-        # time on page faults for the next ones: keeping it made steps 1.14 times as fast (median).
-        keep = str(2**36)
-        environment |= {"MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}
+        # time on page faults for the next ones. The largest do go back: kept, too, they left so
+        # many gaps that memory grew step by step.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
     return environment
 
 
@@ -139,11 +141,17 @@ def run(run_dir: Path, attempt: int) -> int:
         )
         relay.attach(child)
         child.wait()
+        if child.returncode == 0 and group.node_rank != 0:
+            _wait_for_outcome(run_dir, attempt, relay)
     outcome = runs.read_outcome(run_dir, attempt)
     if outcome is None:
         outcome = reconstruct(run_dir, attempt, child.returncode, log, relay.received)
         if group.node_rank == 0:
             runs.write_outcome(run_dir, attempt, outcome)
+        elif runs.first_failure(run_dir, attempt) is None:
+            # No rank here could say anything; ranks on other nodes may be waiting for this one's.
+            first_rank = group.node_rank * group.workers_per_node
+            runs.write_failure(run_dir, attempt, first_rank, outcome)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
     if outcome.code == runs.STOPPED:
@@ -151,19 +159,34 @@ def run(run_dir: Path, attempt: int) -> int:
     return outcome.code
 
 
+def _wait_for_outcome(run_dir: Path, attempt: int, relay: Relay) -> None:
+    """Wait for what rank 0 says: it exports the model after all other ranks have ended.
+
+    Another signal ends the waiting.
+    """
+    told, deadline = relay.received, time.monotonic() + OUTCOME_SECONDS
+    while runs.read_outcome(run_dir, attempt) is None and relay.received is told:
+        if time.monotonic() > deadline or runs.first_failure(run_dir, attempt):
+            return
+        time.sleep(0.5)
+
+
 def reconstruct(
     run_dir: Path, attempt: int, returncode: int, log: Path, received: signal.Signals | None
 ) -> runs.Outcome:
     """Say how an attempt ended that its rank 0 did not bring to an end.
 
-    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides; where
-    they wrote nothing, the signal that this node passed on, or what torchrun logged.
+    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides, unless
+    one was killed: then the others only wrote that they lost it. Where nobody wrote anything, the
+    signal that this node passed on decides, or what torchrun logged.
     """
     failure = runs.first_failure(run_dir, attempt)
+    if failure is not None and failure[1].code == runs.WRONG_INPUT:
+        return failure[1]
+    if received is None and _was_killed(log):
+        return runs.Outcome(runs.FAILED, _last_words(log, returncode), -1)
     if failure is not None:
         rank, outcome = failure
-        if outcome.code == runs.WRONG_INPUT:
-            return outcome
         where = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
         reason = f"{outcome.reason}\nrank {rank} failed first; its log: {where}"
         return replace(outcome, reason=reason)
@@ -173,10 +196,20 @@ def reconstruct(
     return runs.Outcome(runs.FAILED, _last_words(log, returncode), -1)
 
 
+def _verdict(text: str) -> re.Match[str] | None:
+    """Find what torchrun logged of the rank that ended first: its exit code and local rank."""
+    return re.search(r"^.* failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text, re.MULTILINE)
+
+
+def _was_killed(log: Path) -> bool:
+    verdict = _verdict(log.read_text(encoding="utf-8", errors="replace"))
+    return verdict is not None and int(verdict[1]) < 0
+
+
 def _last_words(log: Path, returncode: int) -> str:
     """Tell what is known about workers that wrote down nothing."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    verdict = re.search(r"^.* failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text, re.MULTILINE)
+    verdict = _verdict(text)
     if verdict is None:
         told, what = text, f"torchrun ended with {returncode}"
     else:

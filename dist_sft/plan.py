@@ -52,7 +52,7 @@ class Plan:
         for i, rows in enumerate(self.rows):
             if rows < 1:
                 raise UserError(
-                    f"data.train[{i}] has {rows} usable rows, but a source needs at least one: "
+                    f"data.train.{i} has {rows} usable rows, but a source needs at least one: "
                     "correct its rows or remove it from data.train"
                 )
 

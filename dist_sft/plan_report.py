@@ -43,7 +43,7 @@ def show_plan(console: Console, recipe: Recipe, train: Dataset, workers: int) ->
     console.print(facts, highlight=False)
 
     console.print()
-    title = f"{workers:,} workers, {budget:,} tokens per micro-batch"
+    title = f"workers: {workers:,}, tokens per micro-batch: {budget:,}"
     console.print(title, style="bold cyan", highlight=False)
     console.print(layout_table(summaries, layouts))
     if len(layouts) > 1:

@@ -7,37 +7,64 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-from dist_sft import data, runs
-from dist_sft.config import Recipe
+from dist_sft import data, hub, runs
+from dist_sft.config import Model, Recipe
 from dist_sft.console import Console
 from dist_sft.model import make_random_weights
-from dist_sft.tokenizer import Words
+from dist_sft.tokenizer import Words, load_words
 from dist_sft.world import Place
 
 
-def prepare_once(
-    run_dir: Path, attempt: int, place: Place, recipe: Recipe, words: Words, console: Console
-) -> data.Stores:
-    """Let the first rank of every node prepare data and random weights; wait for all nodes.
+class Prepared(NamedTuple):
+    """What is on this node's disk before training begins."""
 
-    Raises RuntimeError when a rank gives up meanwhile.
+    stores: data.Stores
+    words: Words
+    model: Model
+    """The recipe's model with folders in place of names on the hub."""
+    folder: Path
+    """Where the weights to begin with are."""
+
+
+def prepare_once(
+    run_dir: Path, attempt: int, place: Place, recipe: Recipe, console: Console
+) -> Prepared:
+    """Let the first rank of every node fetch, encode and make weights; wait for all nodes.
+
+    Raises UserError for wrong input, and RuntimeError when a rank or node gives up meanwhile.
     """
     files = [runs.attempt_dir(run_dir, attempt) / f"data-{n}.json" for n in range(place.nodes)]
+    words = None
     if place.local_rank == 0:
+        model = hub.on_disk(recipe.model, console.say)
+        words = load_words(model, recipe.data)
         stores = data.prepare(recipe.data, words, console.say)
-        if recipe.model.config is not None:
+        if model.config is not None:
             make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
-        runs.write_atomically(files[place.node_rank], stores.to_json())
+        found = {"path": model.path, "tokenizer": model.tokenizer, "stores": asdict(stores)}
+        runs.write_atomically(files[place.node_rank], json.dumps(found) + "\n")
     for number, file in enumerate(files):
-        pause = 0.05
-        while not file.exists():
-            failed = runs.first_failure(run_dir, attempt)
-            if failed:
-                raise RuntimeError(f"rank {failed[0]} gave up: {failed[1].reason}")
-            if pause < 1.0 <= pause * 2:
-                console.say(f"waiting until node {number} has its data")
-            time.sleep(pause)
-            pause = min(1.0, pause * 2)
-    return data.Stores(**json.loads(files[place.node_rank].read_text(encoding="utf-8")))
+        _wait_for(file, number, run_dir, attempt, console)
+    found = json.loads(files[place.node_rank].read_text(encoding="utf-8"))
+    stores = data.Stores(**found.pop("stores"))
+    model = recipe.model.model_copy(update=found | {"revision": None})
+    folder = Path(model.path) if model.path else run_dir / "initial"
+    return Prepared(stores, words or load_words(model, recipe.data), model, folder)
+
+
+def _wait_for(file: Path, node: int, run_dir: Path, attempt: int, console: Console) -> None:
+    pause = 0.05
+    while not file.exists():
+        failed = runs.first_failure(run_dir, attempt)
+        if failed:
+            raise RuntimeError(f"rank {failed[0]} gave up: {failed[1].reason}")
+        if runs.read_outcome(run_dir, attempt):
+            raise RuntimeError("the attempt is over")
+        if pause < 1.0 <= pause * 2:
+            console.say(f"waiting until node {node} has its data")
+        time.sleep(pause)
+        pause = min(1.0, pause * 2)

@@ -37,7 +37,7 @@ def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -
     encoder = Encoder(words.template, words.tokenizer, max_length=None, overlong="error")
     prompts = [encoder.prompt(parse(row)) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    answers = greedy(model, prompts, words.tokenizer.eos_token_id, MAX_NEW_TOKENS)
+    answers = greedy(model, prompts, encoder.stop_ids, MAX_NEW_TOKENS)
     return [words.tokenizer.decode(answer) for answer in answers]
 
 

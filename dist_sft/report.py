@@ -32,6 +32,8 @@ def draw_loss(steps: Sequence[Line], picture: Path) -> None:
     """Draw the loss of training and evaluation over the steps."""
     from matplotlib.figure import Figure
 
+    if not steps:
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     numbers = [line["step"] for line in steps]
@@ -61,6 +63,8 @@ def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
 
 def summarize(steps: Sequence[Line], peak_source: str) -> list[str]:
     """Return what people ask after a run; the first step, which warms up, counts nowhere."""
+    if not steps:  # somebody has removed metrics.jsonl
+        return []
     settled = steps[1:] or steps
     seconds = sum(line["seconds"] for line in settled)
     phases: Counter[str] = Counter()

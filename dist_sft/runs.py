@@ -57,45 +57,61 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -> Path:
-    """Make the run folder, or check that the one that is there belongs to this recipe.
+def check(recipe: Recipe) -> str | None:
+    """Check that the run folder is new, or that of this recipe; tell of settings that will change.
 
-    Raises UserError for a folder that cannot be written or holds something else, and for another
-    run, with the settings that differ. Settings that never change what is learned may differ, and
-    all of them may while nothing was learned: a mistake in a recipe must not cost a run folder.
+    Raises UserError for a folder that holds something else, and for another run, with the settings
+    that differ. Settings that never change what is learned may differ, and all of them may while
+    nothing was learned: a mistake in a recipe must not cost a run folder.
     """
     run_dir = Path(recipe.run_dir)
     try:
         if (run_dir / "config.json").exists():
-            _check_settings(run_dir, recipe, say)
-        elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            return _changes(run_dir, recipe)
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise UserError(
                 f"run_dir: {run_dir} exists and is not a run folder (no config.json in it); "
                 "give the path of a new or empty folder"
             )
+    except OSError as error:
+        raise UserError(f"run_dir: {run_dir} cannot be used: {error.strerror}") from None
+    return None
+
+
+def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -> Path:
+    """Make the run folder, or take the one that is there, as `check` allows.
+
+    Raises UserError as `check` does, and for a folder that cannot be written.
+    """
+    run_dir = Path(recipe.run_dir)
+    changes = check(recipe)
+    if changes:
+        say(changes)
+    try:
+        if changes and _nothing_was_learned(run_dir):
+            # Random weights that the old settings described would be taken for the new ones'.
+            shutil.rmtree(run_dir / "initial", ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.json", recipe.to_json())
         write_atomically(run_dir / "launch.json", json.dumps(asdict(launch), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from None
+        raise UserError(f"run_dir: {run_dir} cannot be used: {error.strerror}") from None
     return run_dir
 
 
-def _check_settings(run_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+def _changes(run_dir: Path, recipe: Recipe) -> str | None:
     changes = difference(read_config_json(run_dir), recipe)
+    if not changes:
+        return None
     listed = [f"{key}: {change}" for key, change in changes.items()]
     if all(may_change(key) for key in changes):
-        if changes:
-            say("\n  ".join([f"{run_dir} continues with other settings:", *listed]))
-    elif _nothing_was_learned(run_dir):
-        # Random weights that the old settings described would be taken for those of the new ones.
-        shutil.rmtree(run_dir / "initial", ignore_errors=True)
-        say("\n  ".join([f"{run_dir} has learned nothing yet; its settings change:", *listed]))
-    else:
-        raise UserError(
-            "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed])
-            + "\nGive another run_dir, or the settings of that run to continue it."
-        )
+        return "\n  ".join([f"{run_dir} continues with other settings:", *listed])
+    if _nothing_was_learned(run_dir):
+        return "\n  ".join([f"{run_dir} has learned nothing yet; its settings change:", *listed])
+    raise UserError(
+        "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed])
+        + "\nGive another run_dir, or the settings of that run to continue it."
+    )
 
 
 def _nothing_was_learned(run_dir: Path) -> bool:

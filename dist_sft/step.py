@@ -21,6 +21,7 @@ from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
 from dist_sft.world import gather
 
+MAX_SKIPPED = 20  # steps in a row; the loss scale is halved in each, from 65536
 EVAL_EXAMPLES = 1024  # how many are laid out over the ranks at once
 
 
@@ -163,6 +164,15 @@ def check_finite(
     if not math.isfinite(value):
         bad = gather(rows_of_bad_losses(batches, losses, dataset))
         raise Diverged(explain_divergence(value, step, bad))
+
+
+def check_skipped(in_a_row: int, step: int) -> None:
+    """Raise Diverged where float16's loss scale has found no step to take for too long."""
+    if in_a_row > MAX_SKIPPED:
+        raise Diverged(
+            f"steps {step - in_a_row + 1} to {step} were all skipped, as gradients overflowed "
+            "float16 at every loss scale: nothing is learned. Use model.dtype: bfloat16"
+        )
 
 
 def rows_of_bad_losses(

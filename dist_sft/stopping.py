@@ -17,8 +17,9 @@ from typing import ClassVar, Self
 class StopFlag:
     """Remember that somebody asked this rank to stop, and who."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / "STOP"
+    def __init__(self, file: Path | None) -> None:
+        """Look for `file` before every step; one rank does, for the others hear of it."""
+        self._file = file
         self._signal: int | None = None
 
     def listen(self) -> None:
@@ -34,7 +35,7 @@ class StopFlag:
         """Return why this rank was asked to stop, or None."""
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
-        return "STOP file" if self._file.exists() else None
+        return "STOP file" if self._file and self._file.exists() else None
 
 
 class Relay:
@@ -53,6 +54,7 @@ class Relay:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._passed_on = False
         self._child: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -70,14 +72,17 @@ class Relay:
     def attach(self, child: subprocess.Popen[bytes]) -> None:
         """Send signals to this process from now on, and one that came before it started."""
         self._child = child
-        if self.received is not None:
-            child.send_signal(self.PASSED_ON[self.received])
+        self._pass_on()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
             return
         self.received = signal.Signals(number)
         with contextlib.suppress(OSError):  # the terminal may be what went away
-            os.write(2, f"\n{self.received.name}: stopping after this step\n".encode())
-        if self._child is not None:
+            os.write(2, f"\n{self.received.name}: stopping as soon as a step ends\n".encode())
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self.received and self._child and not self._passed_on:
+            self._passed_on = True  # first: a handler may interrupt `attach`
             self._child.send_signal(self.PASSED_ON[self.received])

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from dist_sft import attention, checkpoint, data, manifest, report, runs, world
+from dist_sft import attention, checkpoint, data, hub, manifest, report, runs, world
 from dist_sft.batches import Feeder
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
@@ -33,7 +33,7 @@ from dist_sft.metrics import (
     peak_memory_bytes,
     peak_rate,
 )
-from dist_sft.model import fit_vocabulary, load_model, resolve_dtype
+from dist_sft.model import check_positions, fit_vocabulary, load_model, resolve_dtype
 from dist_sft.optim import learning_rate
 from dist_sft.plan import summarize
 from dist_sft.prepare import prepare_once
@@ -41,6 +41,7 @@ from dist_sft.runs import Outcome
 from dist_sft.step import (
     agree_on_step,
     check_finite,
+    check_skipped,
     evaluate,
     explaining_memory,
     run_micro_batches,
@@ -48,7 +49,6 @@ from dist_sft.step import (
 )
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
-from dist_sft.tokenizer import load_words, model_folder
 from dist_sft.trackers import check_installed, start_trackers
 from dist_sft.world import Place
 
@@ -68,10 +68,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         check_installed(recipe.trackers)
 
-        # 2. Encode the data and make random weights, once per node and before ranks meet: whoever
-        #    waits, waits on a file and not in a collective that would time out.
-        words = load_words(recipe.model, recipe.data)
-        stores = prepare_once(run_dir, attempt, place, recipe, words, console)
+        # 2. Fetch the model, encode the data, make random weights: once per node and before ranks
+        #    meet, for whoever waits must not wait in a collective that would time out.
+        stores, words, located, folder = prepare_once(run_dir, attempt, place, recipe, console)
         train_set, eval_sets = data.open_datasets(stores, recipe.data, recipe.seed)
 
         # 3. Join the other ranks, and make sure that all are of one mind.
@@ -79,15 +78,20 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         # After a failure other ranks may be in a collective: leaving it politely could hang.
         stack.push(lambda kind, *_: accelerator.end_training() if kind is None else None)
         fingerprint = data.fingerprint(train_set, eval_sets)
-        world.agree(world.facts_of_this_rank(recipe.fingerprint(), fingerprint, place.device))
+        hashes = {
+            "recipe": recipe.fingerprint(),
+            "data": fingerprint,
+            "model": hub.identity(folder),
+        }
+        world.agree(world.facts_of_this_rank(hashes, place.device))
         # Before this line a signal ends a rank at once: there is nothing to save yet.
-        stop = StopFlag(run_dir)
+        stop = StopFlag(run_dir / "STOP" if place.rank == 0 else None)
         stop.listen()
         peak, peak_source = peak_rate(place.device, dtype)
 
         # 4. Model, optimizer, sharding; prove that packing is safe on this model.
-        folder = model_folder(recipe.model.path) if recipe.model.path else f"{run_dir}/initial"
-        model = load_model(recipe.model, folder, dtype if recipe.deepspeed else torch.float32)
+        model = load_model(located, str(folder), dtype if recipe.deepspeed else torch.float32)
+        check_positions(model, {"train": train_set, **eval_sets})
         added = fit_vocabulary(model, stores.vocab_size, recipe.seed)
         if added:
             console.say(f"the tokenizer knows {added} more tokens than the model: embeddings added")
@@ -105,7 +109,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
-        done = restore_newest(run_dir, engine, fingerprint, recipe.checkpoint.verify, console)
+        done = restore_newest(
+            run_dir, engine, train_set.fingerprint, recipe.checkpoint.verify, console
+        )
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -113,7 +119,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             stack.callback(metrics.close)
         stack.callback(console.close)
 
-        facts = {"recipe": recipe.fingerprint(), "data": fingerprint}
+        facts = {"recipe": recipe.fingerprint(), "data": train_set.fingerprint}
         write_model = partial(
             write_model_files,
             model=engine.module,
@@ -162,12 +168,13 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             max_steps_looked_at=20,
         )  # fmt: skip
         console.say(
-            f"training {total - done} steps, {plan.steps_per_epoch} per epoch, on {place.world} "
-            f"workers in {dtype}; token efficiency {outlook.token_efficiency:.0%}, "
+            f"training steps {done + 1} to {total}, {plan.steps_per_epoch} per epoch, in {dtype}; "
+            f"workers: {place.world}; token efficiency {outlook.token_efficiency:.0%}, "
             f"balance {outlook.balance:.0%}"
         )
         console.start(total, done)
         clock = Clock(place.device)
+        skipped = 0  # steps in a row
 
         # 6. The loop. Everything about a step follows from its number.
         owed = evaluation_owed(run_dir, done, total, recipe) if eval_feeders else None
@@ -196,7 +203,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 set_learning_rate(engine, rate)
                 with clock("optimizer"), explaining_memory():
                     grad_norm = engine.step()
-                if not engine.skipped:
+                skipped = skipped + 1 if engine.skipped else 0
+                check_skipped(skipped, step)
+                if not skipped:
                     check_finite(grad_norm, step, batches, losses, train_set)
             seconds = time.perf_counter() - began
 
@@ -295,10 +304,10 @@ def restore_newest(
     if newest is None:
         return 0
     folder = manifest.folder_of(run_dir, newest)
-    if checkpoint.Reader(folder).manifest["data"] != fingerprint:
+    if manifest.read(folder)["data"] != fingerprint:
         raise UserError(
-            f"the encoded data is not what {folder} was trained on: a data file, the template or "
-            "the tokenizer has changed. Put it back, or give another run_dir"
+            f"the encoded training data is not what {folder} was trained on: a file of data.train, "
+            "the template or the tokenizer has changed. Put it back, or give another run_dir"
         )
     checkpoint.restore(folder, engine)
     console.say(f"continuing after step {newest} (checked by {level})")

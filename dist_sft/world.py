@@ -21,6 +21,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 CAUSES = {
     "recipe": "run_dir must be one folder that every host sees",
     "data": "the files of data.train differ between hosts, or changed while the run started",
+    "model": "model.path is not the same there: give model.revision, or a folder all hosts see",
     "threads": "OMP_NUM_THREADS is set by the launcher; something on that host changes it",
 }
 
@@ -51,12 +52,11 @@ class Place:
         return cls(rank, local_rank, node_rank, nodes, world_size, device)
 
 
-def facts_of_this_rank(recipe: str, data: str, device: torch.device) -> dict[str, Any]:
-    """Return what must be equal on all ranks."""
+def facts_of_this_rank(hashes: dict[str, str], device: torch.device) -> dict[str, Any]:
+    """Return what must be equal on all ranks; `hashes` name what they were given."""
     return {
         "world size": (int(os.environ["WORLD_SIZE"]), dist.get_world_size()),
-        "recipe": recipe,
-        "data": data,
+        **hashes,
         "device": device.type,
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],

@@ -11,17 +11,26 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from tiny_tokenizers import pad_is_eos
+from transformers import AutoConfig
 
 from dist_sft import data
 from dist_sft.config import Recipe, check
 from dist_sft.errors import UserError
-from dist_sft.model import fit_vocabulary, load_model, make_random_weights, resolve_dtype
+from dist_sft.model import (
+    check_positions,
+    fit_vocabulary,
+    load_model,
+    make_random_weights,
+    resolve_dtype,
+)
 from dist_sft.tokenizer import explain_missing, load_words, model_folder
 
 ROOT = Path(__file__).parents[1]
@@ -408,7 +417,7 @@ def test_model_config_that_describes_no_model(
         make_random_weights(recipe, 400, place.folder / "initial")
     assert str(refusal.value).startswith("model.config")
     assert message in str(refusal.value)
-    assert not list(place.folder.glob("initial*"))
+    assert {path.name for path in place.folder.glob("initial*")} <= {"initial.lock"}
 
 
 def refusal_of(folder: Path, place: Place) -> str:
@@ -469,6 +478,21 @@ def test_a_complete_model_folder_is_taken(model: Path, place: Place) -> None:
     assert fit_vocabulary(loaded, 400, seed=0) == 0
     assert fit_vocabulary(loaded, 405, seed=0) == 5
     assert loaded.get_input_embeddings().num_embeddings == 405
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_rows_longer_than_the_model_are_refused(kind: str) -> None:
+    taken, longer = (SimpleNamespace(lengths=np.array([3, n])) for n in (17, 18))
+    config = AutoConfig.for_model(kind, max_position_embeddings=16)
+    model = SimpleNamespace(config=config)
+    check_positions(model, {"train": taken, "held_out": taken})  # the last token is only a target
+    with pytest.raises(UserError) as raised:
+        check_positions(model, {"train": taken, "held_out": longer})
+    assert str(raised.value) == (
+        "data.max_length: held_out has rows of up to 18 tokens, but the model takes 16 (its "
+        "config's max_position_embeddings); set data.max_length: 16"
+    )
+    check_positions(SimpleNamespace(config=AutoConfig.for_model("bloom")), {"train": longer})
 
 
 def test_half_precision_needs_a_gpu() -> None:

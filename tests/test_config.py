@@ -161,7 +161,10 @@ def test_refuses_a_key_that_is_no_word() -> None:
             {"data__eval": [{"path": "a/e.json"}, {"path": "b/e.json"}]},
             "data: eval sources need different names, got ['e', 'e']: set eval.N.name",
         ),
-        ({"train__epochs": 1, "train__steps": 1}, "train: set epochs or steps, not both"),
+        (
+            {"train__epochs": 1, "train__steps": 1},
+            "train: set epochs or steps, not both (the other one: null)",
+        ),
         (
             {"optimizer__warmup_ratio": 0.1, "optimizer__warmup_steps": 5},
             "optimizer: set warmup_ratio or warmup_steps, not both",
@@ -175,6 +178,12 @@ def test_refuses_a_key_that_is_no_word() -> None:
             {"model__dtype": "float16"},
             "recipe: model.dtype float16 needs loss scaling, which comes with DeepSpeed: "
             "set deepspeed: zero1, zero2 or zero3, or model.dtype: bfloat16",
+        ),
+        (
+            {"model__dtype": "float16", "deepspeed": "zero2-offload"},
+            "recipe: model.dtype float16 with an offloaded optimizer needs ZeRO stage 3: below, "
+            "DeepSpeed 0.19 skips every step after the first overflow. Set deepspeed: "
+            "zero3-offload, or model.dtype: bfloat16",
         ),
     ],
 )

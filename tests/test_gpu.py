@@ -111,7 +111,7 @@ def test_bfloat16_learns_alike(problem: Problem) -> None:
 def test_float16_learns_alike_but_for_the_steps_that_its_loss_scale_skips(
     problem: Problem,
 ) -> None:
-    scaled = [cell for cell in ON_GPU if cell.deepspeed]  # a recipe without is refused
+    scaled = [c for c in ON_GPU if c.deepspeed not in (None, "zero2-offload")]  # refused
     cells = [cell._replace(dtype="float16") for cell in scaled if cell.budget == 24]
     for cell, result in compute(problem, 1, cells).items():
         reference = problem.references[cell.model]

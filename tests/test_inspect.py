@@ -507,7 +507,7 @@ def test_plan_foretells_the_run(shown: Any, recipe: Path) -> None:
     assert "steps          6 in 2 epochs of 3" in text
     assert "7 per epoch, 3 per step, 1 in the last step of an epoch" in text
     assert "1.00e-05 at step 1, 2.00e-05 at step 2 (end of warm-up), cosine to" in text
-    assert "2 workers, 100 tokens per micro-batch" in text
+    assert "workers: 2, tokens per micro-batch: 100" in text
     assert "unless the model fails the isolation proof" in text
     assert "padded" not in shown("plan", recipe, 'train.packing="on"', "--workers", 2)
     assert "packed" not in shown("plan", recipe, 'train.packing="off"', "--workers", 2)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import yaml
@@ -180,7 +180,7 @@ def test_dry_run_prints_exactly_what_would_run(
     assert head == f"# {setup.run_dir}/config.json"
     assert command == (
         "TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 OMP_NUM_THREADS=3 "
-        "MALLOC_MMAP_THRESHOLD_=68719476736 MALLOC_TRIM_THRESHOLD_=68719476736 "
+        "MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=68719476736 "
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 "
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT --shutdown-timeout=300 "
         f"-m dist_sft.train {setup.run_dir} --attempt=0\n"
@@ -230,7 +230,7 @@ def test_as_many_workers_as_gpus(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
         (["--workers", "0"], "--workers: got 0; allowed: 1 or more"),
         (["seed=-1"], "seed: got -1; allowed: 0 or more"),
         (["lr"], "override 'lr' is not of the form dotted.key=value"),
-        (["run_dir=" + "x" * 300], "cannot be written: File name too long"),
+        (["run_dir=" + "x" * 300], "cannot be used: File name too long"),
         (["--dry-run", "data.train.0.path=b.json"], "data.train.0.path=b.json: no such file"),
     ],
 )
@@ -263,9 +263,7 @@ def test_refuses_a_folder_that_is_something_else(
         )
     below_a_file = holiday / "photo.png" / "run"
     assert setup.launch("--prepare", f"run_dir={below_a_file}") == runs.WRONG_INPUT
-    assert capsys.readouterr().err == (
-        f"run_dir: {below_a_file} cannot be written: Not a directory\n"
-    )
+    assert capsys.readouterr().err == (f"run_dir: {below_a_file} cannot be used: Not a directory\n")
     assert [path.name for path in holiday.iterdir()] == ["photo.png"]
 
 
@@ -278,7 +276,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(
     monkeypatch.setattr(os, "fsync", full)
     assert setup.launch() == runs.WRONG_INPUT
     assert capsys.readouterr().err == (
-        f"run_dir: {setup.run_dir} cannot be written: No space left on device\n"
+        f"run_dir: {setup.run_dir} cannot be used: No space left on device\n"
     )
     assert [path for path in setup.run_dir.rglob("*") if path.is_file()] == []
 
@@ -299,6 +297,15 @@ def test_a_finished_run_says_so(setup: Setup, capsys: pytest.CaptureFixture[str]
         f"{setup.run_dir} is finished already; for another run give another run_dir\n"
     )
     assert runs.attempts(setup.run_dir) == [0]
+
+
+def test_a_dry_run_refuses_it_too(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    assert setup.launch("--prepare") == runs.FINISHED
+    runs.start_attempt(setup.run_dir)
+    assert setup.launch("--dry-run", "seed=5") == runs.WRONG_INPUT
+    assert "belongs to a run with other settings" in capsys.readouterr().err
+    assert setup.launch("--dry-run", f"run_dir={'x' * 300}") == runs.WRONG_INPUT
+    assert "File name too long" in capsys.readouterr().err
 
 
 def test_refuses_a_run_folder_of_another_recipe(
@@ -512,14 +519,70 @@ def test_workers_that_say_nothing(
     assert outcome.code == runs.FAILED
 
 
-def test_only_the_first_node_records_the_outcome(
-    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+def test_a_killed_rank_outranks_those_that_only_lost_it(
+    setup: Setup, ranks: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    ranks(
+        failure(0, 1, "RuntimeError: Connection closed by peer", 10.0)
+        + f"print({VERDICT.format(code=-9)!r}, end='', file=sys.stderr); sys.exit(1)"
+    )
+    assert setup.launch() == runs.FAILED
+    assert capfd.readouterr().err.startswith("worker 1 ended with -9, killed from outside")
+
+
+def on_two_nodes(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("MASTER_PORT", "29500")
     setup.launch("--prepare")
     runs.write_atomically(setup.run_dir / "launch.json", json.dumps(vars(launched(nodes=2))))
     runs.start_attempt(setup.run_dir)
+
+
+def test_a_node_that_is_done_waits_for_rank_0(
+    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_two_nodes(setup, monkeypatch)
+    monkeypatch.setenv("NODE_RANK", "1")
+    ranks("pass")
+    exported = threading.Timer(
+        1.5, runs.write_outcome, (setup.run_dir, 0, Outcome(runs.FINISHED, "finished", 7))
+    )
+    exported.start()
+    assert node.run(setup.run_dir, 0) == runs.FINISHED
+    exported.join()
+
+
+@pytest.mark.parametrize("how", ["it takes too long", "another rank failed", "a signal"])
+def test_a_node_does_not_wait_for_ever(
+    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    on_two_nodes(setup, monkeypatch)
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setattr(node, "OUTCOME_SECONDS", 0.5 if how == "it takes too long" else 100)
+    ranks(failure(0, 1, "export: disk full", 1.0) if how == "another rank failed" else "pass")
+    if how == "a signal":
+        threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    code = node.run(setup.run_dir, 0)
+    assert code == (runs.STOPPED if how == "a signal" else runs.FAILED)
+
+
+def test_a_node_whose_ranks_say_nothing_tells_the_others(
+    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_two_nodes(setup, monkeypatch)
+    monkeypatch.setenv("NODE_RANK", "1")
+    ranks(f"print({VERDICT.format(code=-9)!r}, end='', file=sys.stderr); sys.exit(1)")
+    assert node.run(setup.run_dir, 0) == runs.FAILED
+    told = runs.first_failure(setup.run_dir, 0)
+    assert told is not None
+    assert told[0] == 2
+    assert "killed from outside" in told[1].reason
+
+
+def test_only_the_first_node_records_the_outcome(
+    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_two_nodes(setup, monkeypatch)
     ranks(failure(5, 2, "no such file", 1.0))
     for node_rank, outcome in (("1", None), ("0", Outcome(2, "no such file", -1))):
         monkeypatch.setenv("NODE_RANK", node_rank)
@@ -642,7 +705,7 @@ def test_the_first_signal_reaches_the_ranks_once(
     assert setup.launch() == runs.STOPPED
     thread.join()
     assert capfd.readouterr().err == (
-        f"\n{signal.Signals(numbers[0]).name}: stopping after this step\n"
+        f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends\n"
         f"{passed_on}\nthe same command continues the run\n"
     )
     assert [signal.getsignal(number) for number in Relay.PASSED_ON] == before
@@ -669,6 +732,22 @@ def test_a_signal_before_torchrun_starts_is_not_lost() -> None:
             assert child.wait() == -signal.SIGUSR1
 
 
+def test_a_signal_while_torchrun_is_attached_is_passed_on_once() -> None:
+    class Child:
+        sent: ClassVar[list[int]] = []
+
+        def send_signal(self, number: int) -> None:
+            self.sent.append(number)
+            if len(self.sent) == 1:  # the handler interrupts what it interrupts
+                signal.raise_signal(signal.SIGTERM)
+
+    with Relay() as relay:
+        signal.raise_signal(signal.SIGUSR1)
+        relay.attach(Child())
+        relay._pass_on()
+    assert Child.sent == [signal.SIGUSR1]
+
+
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -681,7 +760,7 @@ def test_nohup_is_respected() -> None:
 
 
 def test_a_rank_remembers_why_it_should_stop(tmp_path: Path) -> None:
-    flag = StopFlag(tmp_path)
+    flag = StopFlag(tmp_path / "STOP")
     before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     try:
         flag.listen()

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_sft import checkpoint, manifest, report
+from dist_sft import manifest, report
 from dist_sft.cli import main
+from dist_sft.pieces import Reader
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str])
     _, run_dir, _ = finished
     assert len({path.stat().st_mode for path in (run_dir / "model").iterdir()}) == 1
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    reader = checkpoint.Reader(manifest.folder_of(run_dir, 7))
+    reader = Reader(manifest.folder_of(run_dir, 7))
     names = dict(model.named_parameters())
     assert names.keys() == reader.manifest["shapes"].keys()
     for name, parameter in names.items():
@@ -178,7 +179,7 @@ def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path
     changes = {"data": data, "train": {"batch_size": 8, "steps": 2}, "eval": {"every": 1}}
     path = write({**recipe, **changes}, run_dir)
     process = start(path)
-    wait_until(lambda: " steps, " in read(run_dir / "logs/attempt-0/rank-0.log"), process)
+    wait_until(lambda: "training steps" in read(run_dir / "logs/attempt-0/rank-0.log"), process)
     time.sleep(1.0)  # a step takes a tenth of that, an evaluation many times as much
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=SECONDS)
@@ -273,7 +274,7 @@ def test_other_data_under_an_old_checkpoint_is_refused(
     rows.write_text(rows.read_text().replace("Add 1", "Sum 1"))
     code, _, err = run(path, workers=1)
     assert code == 2
-    assert "a data file, the template or the tokenizer has changed" in err
+    assert "a file of data.train, the template or the tokenizer has changed" in err
 
     rows.write_text(rows.read_text().replace("Sum 1", "Add 1"))
     code, out, err = run(path, workers=1)

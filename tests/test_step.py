@@ -12,7 +12,14 @@ from dist_sft.config import Optimizer
 from dist_sft.errors import UserError
 from dist_sft.metrics import Clock, FlopCounter, matmul_rate
 from dist_sft.optim import build_optimizer, learning_rate
-from dist_sft.step import explain_divergence, rows_of_bad_losses, run_micro_batches
+from dist_sft.step import (
+    MAX_SKIPPED,
+    Diverged,
+    check_skipped,
+    explain_divergence,
+    rows_of_bad_losses,
+    run_micro_batches,
+)
 
 CPU = torch.device("cpu")
 
@@ -129,3 +136,9 @@ def test_the_clock_adds_up_and_starts_again() -> None:
 
 def test_matmul_rate_is_a_plausible_number() -> None:
     assert 1e8 < matmul_rate(CPU, torch.float32, seconds=0.05) < 1e15
+
+
+def test_a_loss_scale_that_finds_no_step_ends_the_run() -> None:
+    check_skipped(MAX_SKIPPED, 30)
+    with pytest.raises(Diverged, match="steps 11 to 31 were all skipped"):
+        check_skipped(MAX_SKIPPED + 1, 31)

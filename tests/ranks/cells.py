@@ -62,7 +62,7 @@ class Run:
         rows, rank, world = Rows(job.rows), dist.get_rank(), dist.get_world_size()
         self.feeder = Feeder(rows, rank, world, cell.budget, packed, DEVICE)
         self.plan = Plan((len(rows),), (1.0,), job.seed, job.batch_size)
-        self._stop, self._clock = StopFlag(run_dir), Clock(DEVICE)
+        self._stop, self._clock = StopFlag(None), Clock(DEVICE)
 
     def gradient(self, number: int) -> tuple[float, int]:
         """Compute a step's gradient; return its loss, and the micro-batches of each rank."""

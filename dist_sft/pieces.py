@@ -1,0 +1,53 @@
+"""Read a checkpoint's tensors by name and element range, whatever layout they were saved from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dist_sft import manifest
+
+
+class Reader:
+    """Read element ranges of a checkpoint's tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = manifest.read(folder)
+        self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        for file, entry in self.manifest["files"].items():
+            for name, start, length in entry.get("pieces", ()):
+                self._pieces[name].append((start, length, file))
+        self._open: dict[str, Any] = {}
+
+    def read(self, name: str, key: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (offset from start, values) until the range of the flattened tensor is complete."""
+        covered = 0
+        for piece_start, piece_length, file in sorted(self._pieces[name]):
+            first = max(start, piece_start)
+            last = min(start + length, piece_start + piece_length)
+            if first < last:
+                source = self._file(file).get_slice(f"{name}|{key}|{piece_start}")
+                yield first - start, source[first - piece_start : last - piece_start]
+                covered += last - first
+        assert covered == length, f"{self.folder} holds {covered} of {length} elements of {name}"
+
+    def tensor(self, name: str, key: str = "fp32") -> Tensor:
+        """Return one whole tensor in its own shape."""
+        shape = self.manifest["shapes"][name]
+        whole = torch.empty(shape)
+        flat = whole.view(-1)
+        for offset, piece in self.read(name, key, 0, flat.numel()):
+            flat[offset : offset + len(piece)] = piece
+        return whole
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
