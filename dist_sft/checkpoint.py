@@ -24,15 +24,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_sft import manifest, once, shards, world
+from dist_sft import manifest, once, runs, shards, world
 from dist_sft.digests import HashingFile, sha256
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
 from dist_sft.pieces import Reader
 
+MODES = {"private": 0o700, "group": 0o750, "all": 0o755}
+
 
 class SaveFailed(RuntimeError):
     """Report that no checkpoint was made, as some rank could not write its part."""
+
+
+class SupersededError(RuntimeError):
+    """Report that a newer attempt works on the run: this one must not write any more."""
 
 
 def save(
@@ -41,25 +47,28 @@ def save(
     engine: Engine,
     facts: dict[str, Any],
     write_model: Callable[[Path], None],
+    attempt: int = 0,
+    mode: str = "private",
 ) -> Path:
     """Save the state after `step`, unless it is saved; every rank calls this together.
 
-    `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer. Raises
-    SaveFailed on every rank where one cannot write; then nothing is left behind.
+    `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer; `mode` says
+    who may read. Raises SaveFailed on every rank where one cannot write; then nothing is left
+    behind. Raises SupersededError where a newer attempt than this one works on the run.
     """
     rank = dist.get_rank()
     final = manifest.folder_of(run_dir, step)
     # One rank looks: file systems may show ranks different things, and all must do the same.
     if world.from_rank_0(final.exists() if rank == 0 else None):
         return final
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = final.with_name(f".{final.name}.attempt-{attempt}.tmp")
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
     written: dict[str, Any] = {}
     failure = None
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(MODES["private"], parents=True, exist_ok=True)
         file = f"rank-{rank:05d}.safetensors"
         written[file] = _write_state(temporary / file, engine)
         if rank == 0:
@@ -71,7 +80,8 @@ def save(
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (failure, written))
     failures = [said for said, _ in everyone if said]
-    if rank == 0 and not failures:
+    superseded = rank == 0 and _newest_attempt(run_dir) > attempt
+    if rank == 0 and not failures and not superseded:
         content = facts | {
             "format": manifest.FORMAT,
             "step": step,
@@ -81,19 +91,28 @@ def save(
             "files": {name: entry for _, part in everyone for name, entry in part.items()},
         }
         try:
-            _commit(temporary, final, content)
+            _commit(temporary, final, content, MODES[mode])
         except OSError as error:
             failures = [f"rank 0: {error}"]
-    failures = world.from_rank_0(failures)
+    failures, superseded = world.from_rank_0((failures, superseded))
+    if rank == 0 and (failures or superseded):
+        shutil.rmtree(temporary, ignore_errors=True)
+    if superseded:
+        raise SupersededError(f"a newer attempt works on {run_dir}; attempt {attempt} ends unsaved")
     if failures:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailed(f"the checkpoint of step {step} cannot be saved: {'; '.join(failures)}")
     return final
 
 
-def _commit(temporary: Path, final: Path, content: dict[str, Any]) -> None:
+def _newest_attempt(run_dir: Path) -> int:
+    return max(runs.attempts(run_dir), default=0)
+
+
+def _commit(temporary: Path, final: Path, content: dict[str, Any], mode: int) -> None:
     manifest.write(temporary, content)
+    for path in temporary.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+    temporary.chmod(mode)
     once.sync(temporary)
     temporary.rename(final)
     once.sync(final.parent)
@@ -141,14 +160,25 @@ def _describe_files(folder: Path, under: str) -> dict[str, Any]:
     return entries
 
 
-def newest_good(run_dir: Path, level: manifest.Level, say: Callable[[str], None]) -> int | None:
+def newest_good(
+    run_dir: Path, level: manifest.Level, say: Callable[[str], None], *, trusting: bool = False
+) -> int | None:
     """Return the step of the newest checkpoint that is what was written; every rank calls this.
 
     Each rank checks its part of the files. Damaged ones are passed over, with a line that says what
     is wrong, and renamed once a good one is found. None where there are no checkpoints at all.
-    Raises UserError where there are some and none is good: to begin anew would look like going on.
+    Raises UserError where there are some and none is good: to begin anew would look like going on;
+    and, unless `trusting`, for a checkpoint that somebody else may have changed.
     """
     found = world.from_rank_0(list(manifest.folders(run_dir)))  # ranks may see different things
+    if found and not trusting:
+        folder = manifest.folder_of(run_dir, found[-1])
+        doubt = world.from_rank_0(manifest.untrusted(folder) if dist.get_rank() == 0 else None)
+        if doubt:
+            raise UserError(
+                f"{doubt}: its owner could make this run load anything. If you trust them, launch "
+                "with --trust-checkpoint"
+            )
     damaged: list[Path] = []
     for step in reversed(found):
         folder = manifest.folder_of(run_dir, step)
@@ -201,10 +231,20 @@ def restore(folder: Path, engine: Engine) -> None:
     shards.publish(engine)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; none ever lacks a part under its name."""
-    for step in list(manifest.folders(run_dir))[:-keep]:
-        folder = manifest.folder_of(run_dir, step)
-        folder.rename(folder.with_name(f".{folder.name}.old"))
-    for folder in (run_dir / "checkpoints").glob(".step-*.old"):  # a killed run's leftovers, too
-        shutil.rmtree(folder)
+def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete checkpoints but the newest `keep`, the best, and those of every `keep_every`th step.
+
+    None ever lacks a part under its name.
+    """
+    steps = list(manifest.folders(run_dir))
+    for step in steps[:-keep]:
+        if step != manifest.best(run_dir) and not (keep_every and step % keep_every == 0):
+            folder = manifest.folder_of(run_dir, step)
+            folder.rename(folder.with_name(f".{folder.name}.old"))
+    remove_leftovers(run_dir, ".step-*.old")
+
+
+def remove_leftovers(run_dir: Path, pattern: str = ".step-*") -> None:
+    """Remove what killed attempts left half-written or half-deleted; rank 0 calls this."""
+    for folder in (run_dir / "checkpoints").glob(pattern):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_export(commands)
     _add_verify(commands)
+    _add_status(commands)
+    _add_stop(commands)
     return result
 
 
@@ -161,7 +163,7 @@ def _add_export(commands: Any) -> None:
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
     command.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
-    command.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint")
+    command.add_argument("--step", metavar="N|best", help="default: the newest checkpoint")
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -196,7 +198,7 @@ def _add_verify(commands: Any) -> None:
         "anything is wrong. Needs no torch.",
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
-    command.add_argument("--step", type=int, metavar="N", help="default: all checkpoints")
+    command.add_argument("--step", metavar="N|best", help="default: all checkpoints")
     command.set_defaults(run=_verify)
 
 
@@ -221,6 +223,45 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+# ---- status and stop -------------------------------------------------------------------------
+
+
+def _add_status(commands: Any) -> None:
+    command = commands.add_parser(
+        "status",
+        help="say how a run is getting on",
+        description="Say who works on a run, how far it is, and how its attempts ended.",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
+    command.set_defaults(run=_status)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from dist_sft.status import status
+
+    console = _console()
+    for line in status(options.run_dir):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _add_stop(commands: Any) -> None:
+    command = commands.add_parser(
+        "stop",
+        help="ask a run to save and stop",
+        description="Ask a run to save and stop after the step it is in; nothing is killed.",
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
+    command.set_defaults(run=_stop)
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from dist_sft.runs import read_launch
+
+    read_launch(options.run_dir)  # or it is no run folder
+    (options.run_dir / "STOP").touch()
+    print(f"{options.run_dir} stops after its step; `dist-sft status {options.run_dir}` tells")
+
+
 # ---- what commands share ---------------------------------------------------------------------
 
 
@@ -233,16 +274,23 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 def _checkpoints(options: argparse.Namespace) -> dict[int, Path]:
     """Return the folder of the step that was asked for, or of every checkpoint, oldest first."""
-    from dist_sft.manifest import folders
+    from dist_sft.manifest import best, folders
 
     found = folders(options.run_dir)
     if not found:
         raise UserError(f"RUN_DIR: {options.run_dir} has no checkpoint yet")
     if options.step is None:
         return found
-    if options.step not in found:
-        raise UserError(f"--step: got {options.step}; there are checkpoints of steps {list(found)}")
-    return {options.step: found[options.step]}
+    step = best(options.run_dir) if options.step == "best" else None
+    if options.step == "best" and step is None:
+        raise UserError("--step best: no checkpoint was evaluated; give a number instead")
+    if options.step.isdecimal():
+        step = int(options.step)
+    if step not in found:
+        raise UserError(
+            f"--step: got {options.step}; allowed: best, or one of the checkpoints {list(found)}"
+        )
+    return {step: found[step]}
 
 
 def _read(options: argparse.Namespace) -> tuple[Recipe, Words]:

@@ -210,8 +210,16 @@ class Checkpoint(Section):
 
     every: Positive | None = None
     """Steps between checkpoints; null: only at the end and on a stop."""
-    keep: Positive = 3
-    """How many of the newest checkpoints stay on disk."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between checkpoints, beside `every`; both may be set."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """How many of the newest checkpoints stay on disk; the best by evaluation loss stays, too."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that this divides stay for good."""
+    on_stop: bool = True
+    """Save when asked to stop; false leaves at once, and the next launch repeats some steps."""
+    mode: Literal["private", "group", "all"] = "private"
+    """Who may read checkpoints: you (700, 600), your group (750, 640), everybody (755, 644)."""
     verify: Literal["size", "sha256"] = "sha256"
     """What is compared with the manifest before a checkpoint is loaded."""
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_sft import node, preflight, runs
+from dist_sft import lease, node, preflight, runs
 from dist_sft.config import Recipe, read_recipe
 from dist_sft.errors import UserError
 
@@ -24,6 +24,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="key=value", help="override any setting")
     result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
     result.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    result.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="continue from a checkpoint that other users own or may write",
+    )
     result.add_argument("--prepare", action="store_true", help="write the run folder, and stop")
     return result
 
@@ -46,12 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mistakes += preflight.machine_mistakes(recipe, workers, gpus)
         if mistakes and not options.prepare and not runs.is_finished(Path(recipe.run_dir)):
             raise UserError("\n".join(mistakes))
+        runs.check(recipe)
         if options.dry_run:
-            runs.check(recipe)
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
-        launch = runs.Launch("local", 1, workers, {"overrides": options.overrides},
-                             runs.code_revision())  # fmt: skip
+        if not options.prepare:
+            lease.wait_until_free(Path(recipe.run_dir))
+        told = {"overrides": options.overrides, "trust_checkpoint": options.trust_checkpoint}
+        launch = runs.Launch("local", 1, workers, told, runs.code_revision())
         run_dir = runs.create(recipe, launch)
         if options.prepare:
             print(f"prepared {run_dir}")

@@ -6,9 +6,12 @@ its own, as `sha256sum -c` reads it. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +46,31 @@ def folders(run_dir: Path) -> dict[int, Path]:
         if (match := _FOLDER.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
+
+
+def best(run_dir: Path) -> int | None:
+    """Return the step with the lowest evaluation loss among the checkpoints that have one.
+
+    Of several evaluation sets, the recipe's first counts. Damaged manifests are passed over.
+    """
+    losses: dict[int, float] = {}
+    for step, folder in folders(run_dir).items():
+        with contextlib.suppress(DamagedCheckpoint):
+            evaluated = read(folder).get("eval_loss")
+            if evaluated:
+                losses[step] = next(iter(evaluated.values()))
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def untrusted(folder: Path) -> str | None:
+    """Say why somebody else may have changed a checkpoint, or return None."""
+    for path in (folder, *folder.rglob("*")):
+        status = path.stat()
+        if status.st_uid != os.getuid():
+            return f"{path} belongs to another user ({status.st_uid})"
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"{path} may be written by others ({stat.filemode(status.st_mode)})"
+    return None
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ described by the variables NODE_RANK, MASTER_ADDR and MASTER_PORT.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dist_sft import runs
+from dist_sft import lease, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
@@ -131,7 +132,8 @@ def run(run_dir: Path, attempt: int) -> int:
     gpus = count_gpus()
     threads = threads_for(recipe.threads_per_worker, group.workers_per_node, gpus)
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
-    with Relay() as relay, open(log, "w", encoding="utf-8") as errors:
+    owning = lease.hold(run_dir, attempt) if group.node_rank == 0 else contextlib.nullcontext()
+    with Relay() as relay, owning, open(log, "w", encoding="utf-8") as errors:
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
             torchrun_command(run_dir, recipe.job, attempt, group),
@@ -234,6 +236,8 @@ def main() -> int:
         attempt, nodes = arguments.attempt, runs.read_launch(arguments.run_dir).nodes
         if attempt is None and nodes > 1:
             raise UserError(f"a run on {nodes} nodes needs --attempt, the same number on each")
+        if int(os.environ.get("NODE_RANK") or 0) == 0:
+            lease.wait_until_free(arguments.run_dir)
         if attempt is None:
             attempt = runs.start_attempt(arguments.run_dir)
         return run(arguments.run_dir, attempt)

@@ -16,14 +16,16 @@ Line = dict[str, Any]
 def read_steps(metrics: Path) -> list[Line]:
     """Return the step lines of metrics.jsonl in order of steps.
 
-    A step that was computed again after a crash appears twice; the last line counts. Half a line,
-    which a killed attempt may leave, is passed over.
+    A step that was computed again after a crash appears twice; the last line of the last attempt
+    counts, whatever an older one that was left alive still writes. Half a line, which a killed
+    attempt may leave, is passed over.
     """
     steps: dict[int, Line] = {}
     for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text)
-            if "event" not in line:
+            known = steps.get(line["step"], line)
+            if "event" not in line and line["attempt"] >= known["attempt"]:
                 steps[line["step"]] = line
     return [steps[number] for number in sorted(steps)]
 

@@ -38,17 +38,21 @@ class Agreed(NamedTuple):
     """Tokens that the model computes, with padding and fillers."""
     stopping: bool
     """Some rank was asked to stop."""
+    saving: bool
+    """Rank 0's clock asks for a checkpoint after the step."""
 
 
-def agree_on_step(batches: list[Batch], stop: StopFlag, device: torch.device) -> Agreed:
-    """Add up the tokens of the global batch, and learn whether any rank was asked to stop."""
+def agree_on_step(
+    batches: list[Batch], stop: StopFlag, device: torch.device, *, save_is_due: bool = False
+) -> Agreed:
+    """Add up the tokens of the global batch, and learn whether any rank wants to stop or save."""
     targets = sum(len(batch.targets) for batch in batches)
     computed = sum(batch.computed for batch in batches)
-    mine = [targets, computed, stop.reason is not None]
+    mine = [targets, computed, stop.reason is not None, save_is_due]
     numbers = torch.tensor(mine, dtype=torch.int64, device=device)
     dist.all_reduce(numbers)
-    supervised, computed, stopping = numbers.tolist()
-    return Agreed(max(1, supervised), computed, stopping > 0)
+    supervised, computed, stopping, saving = numbers.tolist()
+    return Agreed(max(1, supervised), computed, stopping > 0, saving > 0)
 
 
 def run_micro_batches(

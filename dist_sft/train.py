@@ -109,8 +109,12 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
+        keeping = recipe.checkpoint
+        if place.rank == 0:
+            checkpoint.remove_leftovers(run_dir)
+        trusting = bool(runs.read_launch(run_dir).options.get("trust_checkpoint"))
         done = restore_newest(
-            run_dir, engine, train_set.fingerprint, recipe.checkpoint.verify, console
+            run_dir, engine, train_set.fingerprint, keeping.verify, console, trusting=trusting
         )
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
@@ -119,30 +123,48 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             stack.callback(metrics.close)
         stack.callback(console.close)
 
-        facts = {"recipe": recipe.fingerprint(), "data": train_set.fingerprint}
+        encoder = data.make_encoder(recipe.data, words)
+        facts = {
+            "recipe": recipe.fingerprint(),
+            "data": train_set.fingerprint,
+            "words": encoder.fingerprint,  # tokenizer and template
+            "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
+            "code": runs.read_launch(run_dir).revision,
+        }
         write_model = partial(
             write_model_files,
             model=engine.module,
             tokenizer=words.tokenizer,
-            stop_ids=data.make_encoder(recipe.data, words).stop_ids,
+            stop_ids=encoder.stop_ids,
             chat_template=words.template.chat_template,
         )
 
-        def save(step: int) -> bool:
+        saved_at = time.monotonic()
+
+        def save(step: int, evaluated: dict[str, float] | None = None) -> bool:
             """Save and prune; a checkpoint that cannot be written does not end the run."""
+            nonlocal saved_at
+            saved_at = time.monotonic()
+            known = facts | {"eval_loss": evaluated or None}
             try:
-                checkpoint.save(run_dir, step, engine, facts, write_model)
+                checkpoint.save(run_dir, step, engine, known, write_model, attempt, keeping.mode)
             except checkpoint.SaveFailed as error:
                 console.say(f"NOT SAVED: {error}")
                 if metrics:
                     metrics.write(step=step, event="checkpoint_failed", reason=str(error))
                 return False
             if place.rank == 0:
-                checkpoint.prune(run_dir, recipe.checkpoint.keep)
+                checkpoint.prune(run_dir, keeping.keep, keeping.keep_every)
             return True
 
+        def save_is_due() -> bool:
+            """Tell on rank 0, whose clock counts, whether the last checkpoint is too long ago."""
+            seconds = time.monotonic() - saved_at
+            return place.rank == 0 and seconds >= 60 * (keeping.minutes or math.inf)
+
         def stopped(step: int) -> Outcome:
-            lost = "" if save(step) else ", which is not saved (see the log): older ones are"
+            kept = not keeping.on_stop or save(step)
+            lost = "" if kept else ", which is not saved (see the log): older ones are"
             by = stop.reason or "another rank"
             return Outcome(runs.STOPPED, f"stopped by {by} after step {step}{lost}", step)
 
@@ -183,13 +205,16 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             if evaluated is None:
                 return stopped(done)
             tell(owed | {"eval_loss": evaluated})
+        saved = done == total
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
             with clock("data"):
                 samples = plan.samples(step)
                 batches = feeder.micro_batches(samples)
             with clock("waiting"):
-                supervised, computed, stopping = agree_on_step(batches, stop, place.device)
+                supervised, computed, stopping, saving = agree_on_step(
+                    batches, stop, place.device, save_is_due=save_is_due()
+                )
             if stopping:
                 return stopped(step - 1)
 
@@ -231,12 +256,12 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             tell(line | ({"eval_loss": evaluated} if evaluated else {}))
             if evaluated is None:
                 return stopped(step)
-            if step < total and is_due(step, recipe.checkpoint.every):
-                save(step)
+            if step == total or saving or is_due(step, keeping.every):
+                saved = save(step, evaluated)
 
         # 8. The end: a last checkpoint, a model that others can load, a picture of the loss.
         console.close()
-        if done < total and not save(total):
+        if not saved:
             raise RuntimeError(
                 "the last checkpoint cannot be saved; make room, and the same command continues "
                 "from the one before"
@@ -294,13 +319,19 @@ def choose_packing(
 
 
 def restore_newest(
-    run_dir: Path, engine: Engine, fingerprint: str, level: Level, console: Console
+    run_dir: Path,
+    engine: Engine,
+    fingerprint: str,
+    level: Level,
+    console: Console,
+    *,
+    trusting: bool,
 ) -> int:
     """Load the newest good checkpoint, if there is one; return the step to go on from.
 
     Raises UserError where it was trained on other data: the order of rows would be another one.
     """
-    newest = checkpoint.newest_good(run_dir, level, console.say)
+    newest = checkpoint.newest_good(run_dir, level, console.say, trusting=trusting)
     if newest is None:
         return 0
     folder = manifest.folder_of(run_dir, newest)

@@ -208,7 +208,10 @@ def test_prepare_writes_a_complete_run_folder(
     assert read_config_json(setup.run_dir).seed == 7
     launch = runs.read_launch(setup.run_dir)
     assert (launch.launcher, launch.nodes, launch.workers_per_node) == ("local", 1, 2)
-    assert launch.options == {"overrides": ["seed=7", "train.steps=3"]}
+    assert launch.options == {
+        "overrides": ["seed=7", "train.steps=3"],
+        "trust_checkpoint": False,
+    }
     assert launch.revision.startswith("0.")
     assert sorted(path.name for path in setup.run_dir.iterdir()) == [
         "config.json", "launch.json", "logs",

@@ -237,7 +237,9 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     path = write(recipe, run_dir)
     assert run(path, "--prepare")[0] == 0
     (run_dir / "checkpoints").mkdir()
-    (run_dir / "checkpoints" / ".step-00000002.tmp").touch()  # where a folder has to be made
+    (
+        run_dir / "checkpoints" / ".step-00000002.attempt-0.tmp"
+    ).touch()  # where a folder has to be made
     code, out, err = run(path)
     assert code == 0, out + err
     assert "NOT SAVED: the checkpoint of step 2 cannot be saved: rank 0: " in out
@@ -281,6 +283,59 @@ def test_other_data_under_an_old_checkpoint_is_refused(
     assert code == 0, out + err
     steps = report.read_steps(run_dir / "metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, 61))
+
+
+def test_a_live_run_is_refused_and_an_orphan_cannot_commit(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    train, keeping = {"batch_size": 8, "steps": 400}, {"every": 5, "mode": "group"}
+    path = write({**recipe, "train": train, "checkpoint": keeping, "eval": {}}, run_dir)
+    orphaned = start(path, workers=1)
+    wait_for_step(run_dir, 6, orphaned)
+
+    code, _, err = run(path, workers=1)
+    assert code == 2, err
+    assert f"{run_dir} is in use by process {orphaned.pid}" in err
+    assert main(["status", str(run_dir)]) == 0
+
+    orphaned.kill()  # the launcher only: its ranks live on
+    orphaned.wait()
+    successor = start(path, workers=1)
+    orphan_log = run_dir / "logs/attempt-0/rank-0.log"
+    wait_until(lambda: "a newer attempt works on" in read(orphan_log), successor)
+    successor.send_signal(signal.SIGTERM)
+    out, err = successor.communicate(timeout=SECONDS)
+    assert successor.returncode == 75, out + err
+    assert "continuing after step" in out
+    assert not (run_dir / "lease.json").exists()
+    folder = manifest.folder_of(run_dir, list(manifest.folders(run_dir))[-1])
+    assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {"0o640", "0o750"}
+    assert oct(folder.stat().st_mode & 0o777) == "0o750"
+
+
+def test_best_by_clock_and_without_saving_on_a_stop(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Checkpoints are asked for by minutes, their losses are known, a stop saves nothing."""
+    run_dir = tmp_path / "run"
+    keeping = {"minutes": 1e-6, "on_stop": False}
+    train = {"batch_size": 8, "steps": 400}
+    path = write({**recipe, "train": train, "checkpoint": keeping, "eval": {"every": 2}}, run_dir)
+    process = start(path)
+    wait_for_step(run_dir, 5, process)
+    assert main(["stop", str(run_dir)]) == 0
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, out + err
+    steps = report.read_steps(run_dir / "metrics.jsonl")
+    found = list(manifest.folders(run_dir))
+    assert set(range(len(steps) - 2, len(steps) + 1)) <= set(found), "one after every step"
+    losses = {x["step"]: x["eval_loss"]["held_out"] for x in steps if "eval_loss" in x}
+    best = min(losses, key=losses.__getitem__)
+    assert manifest.best(run_dir) == best
+    assert best in found
+    content = manifest.read(manifest.folder_of(run_dir, found[-1]))
+    assert content["zero_stage"] == 2
+    assert content["words"]
+    assert content["code"]
 
 
 def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""Who owns a run folder now: one launcher at a time, and an old one can do no harm.
+
+`lease.json` holds {owner, attempt, heartbeat}. The owner's first node renews it every few seconds
+and removes it at the end. Nobody's clock is compared with another's: a second launcher watches
+whether the heartbeat moves. What a take-over leaves behind alive is fenced off where it matters:
+checkpoints are committed by the newest attempt only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dist_sft.errors import UserError
+from dist_sft.runs import write_atomically
+
+NAME = "lease.json"
+HEARTBEAT_SECONDS = 3.0
+EXPIRY_SECONDS = 20.0  # longer than file systems of clusters keep an old content
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that renews a lease."""
+
+    host: str
+    pid: int
+    started: str
+    """Start of the process in ticks since boot: process ids are used again."""
+    job: str | None = None
+    """The SLURM job that it belongs to."""
+    restart: int = 0
+    """How often SLURM had put that job back in the queue."""
+
+    @classmethod
+    def me(cls) -> Owner:
+        """Return this process."""
+        env, pid = os.environ, os.getpid()
+        restart = int(env.get("SLURM_RESTART_COUNT", 0))
+        return cls(socket.gethostname(), pid, _start_of(pid), env.get("SLURM_JOB_ID"), restart)
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The content of `lease.json`."""
+
+    owner: Owner
+    attempt: int
+    heartbeat: int
+
+
+def read(run_dir: Path) -> Lease | None:
+    """Return the lease, or None where nobody owns the run."""
+    try:
+        content = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        return Lease(Owner(**content["owner"]), content["attempt"], content["heartbeat"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{run_dir / NAME} is damaged; remove it if no launcher works on this run"
+        ) from None
+
+
+def wait_until_free(run_dir: Path, say: Callable[[str], None] = print) -> None:
+    """Return once no other launcher works on the run; raise UserError where one does."""
+    lease = read(run_dir)
+    if lease is None or _is_gone(lease.owner):
+        return
+    say(f"{run_dir} belongs to {lease.owner}; watching for {EXPIRY_SECONDS:.0f} s if it is alive")
+    deadline = time.monotonic() + EXPIRY_SECONDS
+    while time.monotonic() < deadline:
+        now = read(run_dir)
+        if now is None:
+            return
+        if now != lease:
+            raise UserError(
+                f"run_dir: {run_dir} is in use by {now.owner} (attempt {now.attempt}). Stop that "
+                f"run first (`dist-sft stop {run_dir}`), or give another run_dir"
+            )
+        time.sleep(min(0.5, EXPIRY_SECONDS / 10))
+    say(f"{lease.owner} shows no sign of life: taking over")
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path, attempt: int) -> Iterator[None]:
+    """Own the run within a block: renew the lease until the block ends, then remove it."""
+    owner, ended = Owner.me(), threading.Event()
+
+    def renew(heartbeat: int) -> None:
+        lease = Lease(owner, attempt, heartbeat)
+        write_atomically(run_dir / NAME, json.dumps(asdict(lease)) + "\n")
+
+    def keep() -> None:
+        heartbeat = 0
+        while not ended.wait(HEARTBEAT_SECONDS):
+            heartbeat += 1
+            with contextlib.suppress(OSError, UserError):  # a full disk must not end the run
+                if not owns(run_dir, attempt):
+                    return  # somebody took over: the lease is theirs
+                renew(heartbeat)
+
+    renew(0)
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError, UserError):
+            if owns(run_dir, attempt):
+                (run_dir / NAME).unlink()
+
+
+def owns(run_dir: Path, attempt: int) -> bool:
+    """Tell whether the lease is this attempt's."""
+    lease = read(run_dir)
+    return lease is not None and lease.attempt == attempt
+
+
+def _is_gone(owner: Owner) -> bool:
+    """Tell whether the owner is a process of this host that ended, or this job before a requeue."""
+    me = Owner.me()
+    if owner.job is not None and owner.job == me.job and owner.restart < me.restart:
+        return True
+    return owner.host == me.host and _start_of(owner.pid) != owner.started
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process of this host started, or "" where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()  # the name in brackets may hold anything
+    return "" if fields[0] == "Z" else fields[19]

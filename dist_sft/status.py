@@ -1,0 +1,61 @@
+"""Say how a run is getting on, from what is in its folder. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from dist_sft import lease, manifest, report, runs
+
+
+def status(run_dir: Path) -> list[str]:
+    """Return lines for a person. Raises UserError for a folder that is no run."""
+    launch = runs.read_launch(run_dir)
+    return [
+        f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "
+        f"{launch.workers_per_node}",
+        f"owner: {_owner(run_dir)}",
+        *_attempts(run_dir),
+        _progress(run_dir),
+        _checkpoints(run_dir),
+    ]
+
+
+def _owner(run_dir: Path) -> str:
+    held = lease.read(run_dir)
+    if held is None:
+        return "nobody"
+    age = time.time() - (run_dir / lease.NAME).stat().st_mtime
+    return f"{held.owner}, attempt {held.attempt}, last sign of life {max(0.0, age):.0f} s ago"
+
+
+def _attempts(run_dir: Path) -> list[str]:
+    lines = []
+    for attempt in runs.attempts(run_dir):
+        outcome = runs.read_outcome(run_dir, attempt)
+        how = "no outcome: it runs, or was killed"
+        if outcome is not None:
+            how = f"exit code {outcome.code}, {outcome.reason.splitlines()[0]}"
+        lines.append(f"attempt {attempt}: {how}")
+    return lines
+
+
+def _progress(run_dir: Path) -> str:
+    metrics = run_dir / "metrics.jsonl"
+    steps = report.read_steps(metrics) if metrics.exists() else []
+    if not steps:
+        return "no step yet"
+    last, age = steps[-1], time.time() - metrics.stat().st_mtime
+    return (
+        f"step {last['step']}: loss {last['loss']:.4f}, "
+        f"{last['tokens'] / last['seconds']:,.0f} tokens/s; written "
+        f"{timedelta(seconds=max(0, round(age)))} ago"
+    )
+
+
+def _checkpoints(run_dir: Path) -> str:
+    steps, best = list(manifest.folders(run_dir)), manifest.best(run_dir)
+    if not steps:
+        return "no checkpoint yet"
+    return f"checkpoints: {', '.join(map(str, steps))}" + (f"; best: {best}" if best else "")

@@ -1,0 +1,140 @@
+"""One launcher at a time works on a run; what is left of another one can do no harm."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from dist_sft import lease
+from dist_sft.errors import UserError
+from dist_sft.lease import Lease, Owner
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 1.0)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+def put(run_dir: Path, owner: Owner, attempt: int = 3, heartbeat: int = 7) -> None:
+    content = asdict(Lease(owner, attempt, heartbeat))
+    (run_dir / "lease.json").write_text(json.dumps(content))
+
+
+def elsewhere() -> Owner:
+    return replace(Owner.me(), host="another-host")
+
+
+def waits(run_dir: Path) -> list[str]:
+    """Wait until the run is free; return what was said meanwhile."""
+    said: list[str] = []
+    lease.wait_until_free(run_dir, said.append)
+    return said
+
+
+def test_a_lease_is_renewed_and_removed(tmp_path: Path) -> None:
+    assert lease.read(tmp_path) is None
+    with lease.hold(tmp_path, 4):
+        first = lease.read(tmp_path)
+        time.sleep(0.3)
+        later = lease.read(tmp_path)
+    assert first is not None
+    assert later is not None
+    assert first.owner == later.owner == Owner.me()
+    assert first.attempt == later.attempt == 4
+    assert later.heartbeat > first.heartbeat
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_live_run_is_refused(tmp_path: Path) -> None:
+    with lease.hold(tmp_path, 4), pytest.raises(UserError) as refusal:
+        waits(tmp_path)
+    assert str(refusal.value) == (
+        f"run_dir: {tmp_path} is in use by process {os.getpid()} on {Owner.me().host} (attempt 4). "
+        f"Stop that run first (`dist-sft stop {tmp_path}`), or give another run_dir"
+    )
+
+
+def test_a_run_whose_heart_stopped_is_taken_over(tmp_path: Path) -> None:
+    put(tmp_path, elsewhere())
+    began = time.monotonic()
+    assert "no sign of life: taking over" in waits(tmp_path)[-1]
+    assert 1.0 <= time.monotonic() - began < 3.0
+
+
+def test_a_run_that_ends_meanwhile_is_free(tmp_path: Path) -> None:
+    put(tmp_path, elsewhere())
+    threading.Timer(0.2, (tmp_path / "lease.json").unlink).start()
+    assert len(waits(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("how", ["ended", "number used again"])
+def test_a_process_of_this_host_that_is_gone_holds_nothing(tmp_path: Path, how: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        gone = replace(Owner.me(), pid=child.pid, started="1")
+    if how == "number used again":
+        gone = replace(gone, pid=os.getpid())
+    put(tmp_path, gone)
+    assert waits(tmp_path) == []
+
+
+def test_a_zombie_is_gone(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    owner = replace(Owner.me(), pid=child.pid, started=lease._start_of(child.pid))
+    while lease._start_of(child.pid):
+        time.sleep(0.01)
+    put(tmp_path, owner)
+    assert waits(tmp_path) == []
+    child.wait()
+
+
+def test_a_requeued_job_takes_over_from_itself_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    put(tmp_path, elsewhere())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert waits(tmp_path) == []
+    put(tmp_path, elsewhere())  # as another launch in the same job and restart
+    assert len(waits(tmp_path)) == 2
+
+
+def test_who_lost_the_lease_does_not_take_it_back(tmp_path: Path) -> None:
+    with lease.hold(tmp_path, 4):
+        put(tmp_path, elsewhere(), attempt=5)
+        time.sleep(0.3)
+        assert lease.read(tmp_path) == Lease(elsewhere(), 5, 7)
+    assert lease.owns(tmp_path, 5)
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write: Callable[[Path, str], None] = lease.write_atomically
+    full = threading.Event()
+
+    def sometimes(path: Path, text: str) -> None:
+        if full.is_set():
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(lease, "write_atomically", sometimes)
+    with lease.hold(tmp_path, 4):
+        full.set()
+        time.sleep(0.2)
+        stale = lease.read(tmp_path)
+        full.clear()
+        time.sleep(0.2)
+        assert lease.read(tmp_path) != stale
+
+
+def test_a_damaged_lease_says_so(tmp_path: Path) -> None:
+    (tmp_path / "lease.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged; remove it if no launcher works on this run"):
+        waits(tmp_path)

@@ -1,0 +1,93 @@
+"""Which checkpoints are kept, which is the best, and which may have been changed by others."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_sft import checkpoint, manifest
+from dist_sft.cli import main
+from dist_sft.errors import UserError
+from dist_sft.status import status
+
+
+def make(run_dir: Path, losses: dict[int, float | None]) -> None:
+    for step, loss in losses.items():
+        folder = manifest.folder_of(run_dir, step)
+        folder.mkdir(parents=True)
+        evaluated = None if loss is None else {"held_out": loss, "other": -loss}
+        content = {"format": manifest.FORMAT, "files": {}, "eval_loss": evaluated}
+        manifest.write(folder, content)
+
+
+def kept(run_dir: Path) -> list[int]:
+    assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name[0] == "."]
+    return list(manifest.folders(run_dir))
+
+
+def test_pruning_keeps_the_newest_the_best_and_every_kth(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 1.5, 6: 1.2, 7: None}
+    make(tmp_path, losses)
+    assert manifest.best(tmp_path) == 2
+    checkpoint.prune(tmp_path, 2, keep_every=4)
+    assert kept(tmp_path) == [2, 4, 6, 7]
+    checkpoint.prune(tmp_path, 2)
+    assert kept(tmp_path) == [2, 6, 7]
+
+
+def test_nothing_evaluated_has_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, {1: None, 2: None, 3: None})
+    assert manifest.best(tmp_path) is None
+    checkpoint.prune(tmp_path, 2)
+    assert kept(tmp_path) == [2, 3]
+    assert main(["verify", str(tmp_path), "--step", "best"]) == 2
+    assert "no checkpoint was evaluated" in capsys.readouterr().err
+
+
+def test_leftovers_go(tmp_path: Path) -> None:
+    make(tmp_path, {1: None})
+    for name in (".step-00000002.attempt-0.tmp", ".step-00000000.old"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    checkpoint.remove_leftovers(tmp_path)
+    assert kept(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("step", ["2", "best"])
+def test_a_step_is_named_by_number_or_as_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    make(tmp_path, {1: 2.0, 2: 1.0, 3: 3.0})
+    assert main(["verify", str(tmp_path), "--step", step]) == 0
+    table = capsys.readouterr().out
+    assert " 2 " in table
+    assert " 3 " not in table
+    assert main(["verify", str(tmp_path), "--step", "x"]) == 2
+    assert "allowed: best, or one of the checkpoints [1, 2, 3]" in capsys.readouterr().err
+
+
+def test_what_others_may_write_is_not_trusted(tmp_path: Path) -> None:
+    make(tmp_path, {1: None})
+    folder = manifest.folder_of(tmp_path, 1)
+    folder.chmod(0o700)
+    file = folder / manifest.NAME
+    file.chmod(0o600)
+    assert manifest.untrusted(folder) is None
+    file.chmod(0o664)
+    assert manifest.untrusted(folder) == f"{file} may be written by others (-rw-rw-r--)"
+
+
+def test_what_belongs_to_others_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {1: None})
+    folder = manifest.folder_of(tmp_path, 1)
+    owner = folder.stat().st_uid
+    monkeypatch.setattr("os.getuid", lambda: owner + 1)
+    assert manifest.untrusted(folder) == f"{folder} belongs to another user ({owner})"
+
+
+def test_status_and_stop_are_about_runs(tmp_path: Path) -> None:
+    for command in ("status", "stop"):
+        assert main([command, str(tmp_path)]) == 2
+    assert not (tmp_path / "STOP").exists()
+    with pytest.raises(UserError, match="prepare the run with a launcher"):
+        status(tmp_path)
