@@ -273,6 +273,13 @@ class Recipe(Section):
                 "eval.every is set but there is nothing to evaluate: "
                 "set data.eval or data.eval_fraction"
             )
+        if self.model.revision is not None and self.model.path is None:
+            raise ValueError("model.revision is for a model.path on the hub, and there is none")
+        if self.optimizer.min_lr_ratio and self.optimizer.schedule == "constant":
+            raise ValueError(
+                "optimizer.min_lr_ratio has no effect with schedule: constant; leave it out, or "
+                "set schedule: linear or cosine"
+            )
         if self.model.dtype == "float16" and self.deepspeed is None:
             raise ValueError(
                 "model.dtype float16 needs loss scaling, which comes with DeepSpeed: "

@@ -36,16 +36,23 @@ def _folder(
     key: str, place: str, revision: str | None, patterns: list[str], say: Callable[[str], None]
 ) -> str:
     if Path(place).is_dir() or is_local(place):
+        if revision is not None:
+            raise UserError(
+                f"model.revision: got {revision}, but {place} is a folder here; a revision is for "
+                "names on the hub: leave it out"
+            )
         return place
     from huggingface_hub import snapshot_download
 
     say(f"{key}: there is no folder {place} here, so it is looked for on the hub")
     try:
-        return snapshot_download(
+        folder = snapshot_download(
             place, revision=revision, allow_patterns=patterns, ignore_patterns=DOUBLES
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {place}: {explain_missing(place, error)}") from error
+    say(f"{key}: {place} is in {folder}")
+    return folder
 
 
 def identity(folder: Path) -> str:

@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers = gpus or 1 if options.workers is None else options.workers
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
+        runs.check(recipe)
         mistakes = preflight.missing_paths(recipe)
         mistakes += preflight.machine_mistakes(recipe, workers, gpus)
         if mistakes and not options.prepare and not runs.is_finished(Path(recipe.run_dir)):
             raise UserError("\n".join(mistakes))
-        runs.check(recipe)
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED

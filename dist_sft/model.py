@@ -150,7 +150,7 @@ def check_positions(model: PreTrainedModel, datasets: Mapping[str, Dataset]) -> 
 
     Learned positions end there, with an index error at best; rotary ones go on untrained, silently.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = _positions(model.config.get_text_config())
     for name, dataset in datasets.items():
         longest = int(dataset.lengths.max(initial=0))
         if limit and longest - 1 > limit:  # the last token of a row is only ever a target
@@ -158,6 +158,17 @@ def check_positions(model: PreTrainedModel, datasets: Mapping[str, Dataset]) -> 
                 f"data.max_length: {name} has rows of up to {longest} tokens, but the model takes "
                 f"{limit} (its config's max_position_embeddings); set data.max_length: {limit}"
             )
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model was made for, stretched ones included; None for any."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "alibi", False):
+        return None
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if "factor" not in rope:
+        return limit
+    return max(limit, int(rope["factor"] * rope.get("original_max_position_embeddings", limit)))
 
 
 def fit_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:

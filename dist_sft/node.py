@@ -25,6 +25,7 @@ from dist_sft.stopping import Relay
 
 SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
+WORDS_SECONDS = 5.0  # what node 0 gives others to say why they failed
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def rank_environment(threads: int, gpus: int) -> dict[str, str]:
     if not gpus:
         # glibc returns large tensors to the kernel when they are freed, and a CPU step spends its
         # time on page faults for the next ones. The largest do go back: kept, too, they left so
-        # many gaps that memory grew step by step.
-        environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+        # many gaps that memory grew step by step; and older glibc takes no higher threshold.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
     return environment
 
 
@@ -143,17 +144,16 @@ def run(run_dir: Path, attempt: int) -> int:
         )
         relay.attach(child)
         child.wait()
-        if child.returncode == 0 and group.node_rank != 0:
-            _wait_for_outcome(run_dir, attempt, relay)
-    outcome = runs.read_outcome(run_dir, attempt)
-    if outcome is None:
-        outcome = reconstruct(run_dir, attempt, child.returncode, log, relay.received)
-        if group.node_rank == 0:
-            runs.write_outcome(run_dir, attempt, outcome)
-        elif runs.first_failure(run_dir, attempt) is None:
-            # No rank here could say anything; ranks on other nodes may be waiting for this one's.
-            first_rank = group.node_rank * group.workers_per_node
-            runs.write_failure(run_dir, attempt, first_rank, outcome)
+        ended = _Ended(child.returncode, log, group)
+        if relay.received is None:
+            ended.report_a_killed_rank(run_dir, attempt)
+        outcome = _await_outcome(run_dir, attempt, ended, relay)
+        if outcome is None:
+            outcome = reconstruct(run_dir, attempt, ended, relay.received)
+            if group.node_rank == 0:
+                runs.write_outcome(run_dir, attempt, outcome)
+            elif outcome.code != runs.STOPPED:
+                ended.report_silence(run_dir, attempt, outcome)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
     if outcome.code == runs.STOPPED:
@@ -161,86 +161,139 @@ def run(run_dir: Path, attempt: int) -> int:
     return outcome.code
 
 
-def _wait_for_outcome(run_dir: Path, attempt: int, relay: Relay) -> None:
-    """Wait for what rank 0 says: it exports the model after all other ranks have ended.
+def _await_outcome(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> runs.Outcome | None:
+    """Return what rank 0 wrote, or node 0 in its place; None where nobody did in time.
 
-    Another signal ends the waiting.
+    Rank 0 exports the model, or writes why the run stopped, after the ranks of other nodes have
+    ended; and these say why they failed after rank 0 has lost them. Another signal ends the wait.
     """
-    told, deadline = relay.received, time.monotonic() + OUTCOME_SECONDS
-    while runs.read_outcome(run_dir, attempt) is None and relay.received is told:
-        if time.monotonic() > deadline or runs.first_failure(run_dir, attempt):
-            return
-        time.sleep(0.5)
+    in_order = ended.returncode == 0 or relay.received is not None
+    if ended.group.node_rank == 0:
+        patience = 0.0 if in_order or ended.group.nodes == 1 else WORDS_SECONDS
+    else:
+        patience = OUTCOME_SECONDS if in_order else 2 * WORDS_SECONDS
+    signals, deadline = relay.signals, time.monotonic() + patience
+    while (outcome := runs.read_outcome(run_dir, attempt)) is None:
+        if time.monotonic() >= deadline or relay.signals > signals:
+            return None
+        time.sleep(0.2)
+    return outcome
 
 
 def reconstruct(
-    run_dir: Path, attempt: int, returncode: int, log: Path, received: signal.Signals | None
+    run_dir: Path, attempt: int, ended: _Ended, received: signal.Signals | None
 ) -> runs.Outcome:
     """Say how an attempt ended that its rank 0 did not bring to an end.
 
-    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides, unless
-    one was killed: then the others only wrote that they lost it. Where nobody wrote anything, the
-    signal that this node passed on decides, or what torchrun logged.
+    torchrun turns every failing rank's code into 1, so what the ranks wrote down decides; where
+    they wrote nothing, the signal that this node passed on, or what torchrun logged.
     """
     failure = runs.first_failure(run_dir, attempt)
-    if failure is not None and failure[1].code == runs.WRONG_INPUT:
-        return failure[1]
-    if received is None and _was_killed(log):
-        return runs.Outcome(runs.FAILED, _last_words(log, returncode), -1)
     if failure is not None:
         rank, outcome = failure
+        if outcome.code == runs.WRONG_INPUT:
+            return outcome
         where = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
         reason = f"{outcome.reason}\nrank {rank} failed first; its log: {where}"
         return replace(outcome, reason=reason)
     if received is not None:
         reason = f"stopped by signal {received.name} before the workers could write a checkpoint"
         return runs.Outcome(runs.STOPPED, reason, -1)
-    return runs.Outcome(runs.FAILED, _last_words(log, returncode), -1)
+    if ended.returncode == 0 and ended.group.node_rank != 0:
+        reason = "this node's workers have finished, but rank 0 on node 0 has not said how it went"
+        return runs.Outcome(runs.FAILED, reason, -1)
+    return runs.Outcome(runs.FAILED, ended.last_words(), -1)
 
 
-def _verdict(text: str) -> re.Match[str] | None:
-    """Find what torchrun logged of the rank that ended first: its exit code and local rank."""
-    return re.search(r"^.* failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text, re.MULTILINE)
+@dataclass(frozen=True)
+class _Ended:
+    """What is left of this node's torchrun."""
+
+    returncode: int
+    log: Path
+    group: Group
+
+    def report_a_killed_rank(self, run_dir: Path, attempt: int) -> None:
+        """Write down in its place that a rank was killed, unless it still could itself.
+
+        The others only know that they lost it. SIGABRT is not among it: libraries abort ranks that
+        lost another one.
+        """
+        verdict = self._verdict()
+        if verdict is None:
+            return
+        code, rank = int(verdict[1]), self._first_rank + int(verdict[2])
+        if code < 0 and code != -signal.SIGABRT and not runs.has_failed(run_dir, attempt, rank):
+            outcome = runs.Outcome(runs.FAILED, _explain_exit(code), -1)
+            runs.write_failure(run_dir, attempt, rank, outcome, killed=True)
+
+    def report_silence(self, run_dir: Path, attempt: int, outcome: runs.Outcome) -> None:
+        """Write down for other nodes, which may wait for this one, that its ranks have ended."""
+        if runs.first_failure(run_dir, attempt) is None:
+            runs.write_failure(run_dir, attempt, self._first_rank, outcome)
+
+    def last_words(self) -> str:
+        """Tell what is known about workers that wrote down nothing."""
+        text, verdict = self._text(), self._verdict()
+        told, what = text, f"torchrun ended with {self.returncode}"
+        if verdict is not None:
+            told = text[: verdict.start()]
+            what = f"worker {verdict[2]}: {_explain_exit(int(verdict[1]))}"
+        lines = [f"{what}; nobody said why. Logs: {self.log.parent}", *told.splitlines()[-15:]]
+        return "\n".join(lines)
+
+    @property
+    def _first_rank(self) -> int:
+        return self.group.node_rank * self.group.workers_per_node
+
+    def _text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def _verdict(self) -> re.Match[str] | None:
+        """Find what torchrun logged of the rank that ended first: its exit code and local rank."""
+        form = r"^.* failed \(exitcode: (-?\d+)\) local_rank: (\d+)"
+        return re.search(form, self._text(), re.MULTILINE)
 
 
-def _was_killed(log: Path) -> bool:
-    verdict = _verdict(log.read_text(encoding="utf-8", errors="replace"))
-    return verdict is not None and int(verdict[1]) < 0
-
-
-def _last_words(log: Path, returncode: int) -> str:
-    """Tell what is known about workers that wrote down nothing."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    verdict = _verdict(text)
-    if verdict is None:
-        told, what = text, f"torchrun ended with {returncode}"
-    else:
-        told, what = text[: verdict.start()], f"worker {verdict[2]} ended with {verdict[1]}"
-        if int(verdict[1]) == -signal.SIGKILL:
-            what += (
-                ", killed from outside: mostly by the kernel because the machine ran out of memory "
-                "(see `dmesg`). Try fewer workers, a smaller train.tokens_per_micro_batch, or "
-                "deepspeed: zero3"
-            )
-    lines = [f"{what}; nobody said why. Logs: {log.parent}", *told.splitlines()[-15:]]
-    return "\n".join(lines)
+def _explain_exit(code: int) -> str:
+    if code >= 0:
+        return f"ended with {code}"
+    what = f"ended by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        what += (
+            ", killed from outside: mostly by the kernel because the machine ran out of memory "
+            "(see `dmesg`). Try fewer workers, a smaller train.tokens_per_micro_batch, or "
+            "deepspeed: zero3"
+        )
+    return what
 
 
 def main() -> int:
     """Run the ranks of one node: what launchers start on every node."""
     parser = argparse.ArgumentParser(prog="python -m dist_sft.node", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="a run folder that a launcher wrote")
-    parser.add_argument("--attempt", type=int, help="number of the attempt; by default the next")
+    parser.add_argument("--attempt", type=int, help="number of the attempt; by default a new one")
+    parser.add_argument("--claim", action="store_true", help="claim an attempt, print its number")
     arguments = parser.parse_args()
+    run_dir: Path = arguments.run_dir
     try:
-        attempt, nodes = arguments.attempt, runs.read_launch(arguments.run_dir).nodes
-        if attempt is None and nodes > 1:
-            raise UserError(f"a run on {nodes} nodes needs --attempt, the same number on each")
-        if int(os.environ.get("NODE_RANK") or 0) == 0:
-            lease.wait_until_free(arguments.run_dir)
+        attempt, nodes = arguments.attempt, runs.read_launch(run_dir).nodes
+        if attempt is None and nodes > 1 and not arguments.claim:
+            raise UserError(
+                f"a run on {nodes} nodes needs --attempt, the same number on each; "
+                f"`python -m dist_sft.node {run_dir} --claim` on one of them prints it"
+            )
         if attempt is None:
-            attempt = runs.start_attempt(arguments.run_dir)
-        return run(arguments.run_dir, attempt)
+            lease.wait_until_free(run_dir)
+            attempt = runs.start_attempt(run_dir)
+        if arguments.claim:
+            print(attempt)
+            return runs.FINISHED
+        if not runs.attempt_dir(run_dir, attempt).is_dir():
+            raise UserError(f"--attempt: {attempt} was not claimed; --claim prints one that is")
+        if runs.read_outcome(run_dir, attempt) is not None:
+            raise UserError(f"--attempt: {attempt} is over; claim another one with --claim")
+        return run(run_dir, attempt)
     except UserError as error:
         print(error, file=sys.stderr)
         return runs.WRONG_INPUT

@@ -5,8 +5,11 @@ Whoever waits, waits on files in the attempt's folder and not in a collective, w
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +17,12 @@ from typing import NamedTuple
 from dist_sft import data, hub, runs
 from dist_sft.config import Model, Recipe
 from dist_sft.console import Console
+from dist_sft.errors import UserError
 from dist_sft.model import make_random_weights
 from dist_sft.tokenizer import Words, load_words
 from dist_sft.world import Place
+
+ALIVE_SECONDS = 300.0  # without a change in its file a node counts as dead
 
 
 class Prepared(NamedTuple):
@@ -40,13 +46,14 @@ def prepare_once(
     files = [runs.attempt_dir(run_dir, attempt) / f"data-{n}.json" for n in range(place.nodes)]
     words = None
     if place.local_rank == 0:
-        model = hub.on_disk(recipe.model, console.say)
-        words = load_words(model, recipe.data)
-        stores = data.prepare(recipe.data, words, console.say)
-        if model.config is not None:
-            make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
-        found = {"path": model.path, "tokenizer": model.tokenizer, "stores": asdict(stores)}
-        runs.write_atomically(files[place.node_rank], json.dumps(found) + "\n")
+        with _sign_of_life(_alive(files[place.node_rank])):
+            model = hub.on_disk(recipe.model, console.say)
+            words = load_words(model, recipe.data)
+            stores = data.prepare(recipe.data, words, console.say)
+            if model.config is not None:
+                make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
+            found = {"path": model.path, "tokenizer": model.tokenizer, "stores": asdict(stores)}
+            runs.write_atomically(files[place.node_rank], json.dumps(found) + "\n")
     for number, file in enumerate(files):
         _wait_for(file, number, run_dir, attempt, console)
     found = json.loads(files[place.node_rank].read_text(encoding="utf-8"))
@@ -56,8 +63,35 @@ def prepare_once(
     return Prepared(stores, words or load_words(model, recipe.data), model, folder)
 
 
+def _alive(file: Path) -> Path:
+    return file.with_suffix(".alive")
+
+
+@contextlib.contextmanager
+def _sign_of_life(file: Path) -> Iterator[None]:
+    """Write a number that grows into a file within a block."""
+    done = threading.Event()
+
+    def keep() -> None:
+        number = 0
+        while not done.wait(ALIVE_SECONDS / 20):
+            number += 1
+            with contextlib.suppress(OSError):  # a disk that is full says so where it matters
+                file.write_text(str(number))
+
+    file.write_text("0")
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+
+
 def _wait_for(file: Path, node: int, run_dir: Path, attempt: int, console: Console) -> None:
-    pause = 0.05
+    pause, seen, seen_at = 0.05, "", time.monotonic()
     while not file.exists():
         failed = runs.first_failure(run_dir, attempt)
         if failed:
@@ -68,3 +102,13 @@ def _wait_for(file: Path, node: int, run_dir: Path, attempt: int, console: Conso
             console.say(f"waiting until node {node} has its data")
         time.sleep(pause)
         pause = min(1.0, pause * 2)
+        with contextlib.suppress(OSError):
+            now = _alive(file).read_text()
+            if now != seen:
+                seen, seen_at = now, time.monotonic()
+        if time.monotonic() - seen_at > ALIVE_SECONDS:
+            raise UserError(
+                f"node {node} has given no sign of life for {ALIVE_SECONDS:.0f} s: {_alive(file)} "
+                "does not change. Is that node down, or is run_dir not one folder that every "
+                "node sees?"
+            )

@@ -115,11 +115,11 @@ def _changes(run_dir: Path, recipe: Recipe) -> str | None:
 
 
 def _nothing_was_learned(run_dir: Path) -> bool:
-    """Tell whether every attempt was refused, and none took a step; one may still be running."""
-    outcomes = [read_outcome(run_dir, attempt) for attempt in attempts(run_dir)]
-    refused = all(outcome and outcome.code == WRONG_INPUT for outcome in outcomes)
+    """Tell whether every attempt ended without having taken a step; one may still be running."""
+    ended = all(read_outcome(run_dir, attempt) for attempt in attempts(run_dir))
     metrics = run_dir / "metrics.jsonl"
-    return refused and not (metrics.exists() and metrics.stat().st_size)
+    took_steps = metrics.exists() and metrics.stat().st_size > 0
+    return ended and not took_steps and not (run_dir / "checkpoints").exists()
 
 
 def read_launch(run_dir: Path) -> Launch:
@@ -166,10 +166,24 @@ def write_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> None:
     write_atomically(path, json.dumps(asdict(outcome)) + "\n")
 
 
-def write_failure(run_dir: Path, attempt: int, rank: int, outcome: Outcome) -> None:
-    """Record why one rank gave up, with the time, so that the first one can be named."""
-    path = attempt_dir(run_dir, attempt) / f"failure-{rank}.json"
-    write_atomically(path, json.dumps(asdict(outcome) | {"rank": rank, "time": time.time()}) + "\n")
+def write_failure(
+    run_dir: Path, attempt: int, rank: int, outcome: Outcome, *, killed: bool = False
+) -> None:
+    """Record why one rank gave up, with the time, so that the first one can be named.
+
+    Its node does so in its place for one that was `killed`.
+    """
+    content = asdict(outcome) | {"rank": rank, "time": time.time(), "killed": killed}
+    write_atomically(_failure_file(run_dir, attempt, rank), json.dumps(content) + "\n")
+
+
+def has_failed(run_dir: Path, attempt: int, rank: int) -> bool:
+    """Tell whether a rank has recorded why it gave up."""
+    return _failure_file(run_dir, attempt, rank).exists()
+
+
+def _failure_file(run_dir: Path, attempt: int, rank: int) -> Path:
+    return attempt_dir(run_dir, attempt) / f"failure-{rank}.json"
 
 
 def read_outcome(run_dir: Path, attempt: int) -> Outcome | None:
@@ -189,8 +203,16 @@ def first_failure(run_dir: Path, attempt: int) -> tuple[int, Outcome] | None:
     ]
     if not reports:
         return None
-    # A mistake in the input outranks the network errors that other ranks die of a moment later.
-    first = min(reports, key=lambda r: (r["code"] != WRONG_INPUT, r["time"]))
+    # A mistake in the input, and a rank that was killed, outrank the network errors that other
+    # ranks die of a moment later, by the clocks of their hosts perhaps earlier.
+    first = min(
+        reports,
+        key=lambda report: (
+            report["code"] != WRONG_INPUT,
+            not report.get("killed"),
+            report["time"],
+        ),
+    )
     return first["rank"], Outcome(first["code"], first["reason"], first["step"])
 
 

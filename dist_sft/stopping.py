@@ -54,6 +54,8 @@ class Relay:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.signals = 0
+        """How many came, those that were not passed on among them."""
         self._passed_on = False
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -75,6 +77,7 @@ class Relay:
         self._pass_on()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.signals += 1
         if self.received is not None:
             return
         self.received = signal.Signals(number)

@@ -109,13 +109,20 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
+        encoder = data.make_encoder(recipe.data, words)
+        facts = {
+            "recipe": recipe.fingerprint(),
+            "data": train_set.fingerprint,
+            "words": encoder.fingerprint,  # tokenizer and template
+            "model": hashes["model"],  # what the run began from
+            "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
+            "code": runs.read_launch(run_dir).revision,
+        }
         keeping = recipe.checkpoint
         if place.rank == 0:
             checkpoint.remove_leftovers(run_dir)
         trusting = bool(runs.read_launch(run_dir).options.get("trust_checkpoint"))
-        done = restore_newest(
-            run_dir, engine, train_set.fingerprint, keeping.verify, console, trusting=trusting
-        )
+        done = restore_newest(run_dir, engine, facts, keeping.verify, console, trusting=trusting)
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -123,14 +130,6 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             stack.callback(metrics.close)
         stack.callback(console.close)
 
-        encoder = data.make_encoder(recipe.data, words)
-        facts = {
-            "recipe": recipe.fingerprint(),
-            "data": train_set.fingerprint,
-            "words": encoder.fingerprint,  # tokenizer and template
-            "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
-            "code": runs.read_launch(run_dir).revision,
-        }
         write_model = partial(
             write_model_files,
             model=engine.module,
@@ -154,7 +153,10 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                     metrics.write(step=step, event="checkpoint_failed", reason=str(error))
                 return False
             if place.rank == 0:
-                checkpoint.prune(run_dir, keeping.keep, keeping.keep_every)
+                try:
+                    checkpoint.prune(run_dir, keeping.keep, keeping.keep_every)
+                except OSError as error:
+                    console.say(f"old checkpoints cannot be removed: {error}")
             return True
 
         def save_is_due() -> bool:
@@ -321,7 +323,7 @@ def choose_packing(
 def restore_newest(
     run_dir: Path,
     engine: Engine,
-    fingerprint: str,
+    facts: dict[str, Any],
     level: Level,
     console: Console,
     *,
@@ -335,10 +337,17 @@ def restore_newest(
     if newest is None:
         return 0
     folder = manifest.folder_of(run_dir, newest)
-    if manifest.read(folder)["data"] != fingerprint:
+    saved = manifest.read(folder)
+    if saved["data"] != facts["data"]:
         raise UserError(
             f"the encoded training data is not what {folder} was trained on: a file of data.train, "
             "the template or the tokenizer has changed. Put it back, or give another run_dir"
+        )
+    if saved["model"] != facts["model"]:
+        raise UserError(
+            f"the model that this run began from has changed since {folder} was written: its "
+            "config, or the sizes of its files. Put it back (model.revision names a commit of the "
+            "hub), or give another run_dir"
         )
     checkpoint.restore(folder, engine)
     console.say(f"continuing after step {newest} (checked by {level})")

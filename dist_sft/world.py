@@ -20,8 +20,8 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 # What is behind a difference, most of the time; of anything else: another installation.
 CAUSES = {
     "recipe": "run_dir must be one folder that every host sees",
-    "data": "the files of data.train differ between hosts, or changed while the run started",
-    "model": "model.path is not the same there: give model.revision, or a folder all hosts see",
+    "data": "the files of data.train or data.eval differ there, or changed while the run started",
+    "model": "its config or weights differ there: give model.revision, or a folder all hosts see",
     "threads": "OMP_NUM_THREADS is set by the launcher; something on that host changes it",
 }
 

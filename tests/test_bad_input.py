@@ -492,7 +492,19 @@ def test_rows_longer_than_the_model_are_refused(kind: str) -> None:
         "data.max_length: held_out has rows of up to 18 tokens, but the model takes 16 (its "
         "config's max_position_embeddings); set data.max_length: 16"
     )
-    check_positions(SimpleNamespace(config=AutoConfig.for_model("bloom")), {"train": longer})
+    for other in (
+        AutoConfig.for_model("bloom"),
+        AutoConfig.for_model("falcon", alibi=True, max_position_embeddings=16),
+        AutoConfig.for_model(
+            "qwen2",
+            max_position_embeddings=16,
+            rope_parameters={
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                "rope_theta": 1e4,
+            },
+        ),
+    ):  # fmt: skip
+        check_positions(SimpleNamespace(config=other), {"train": longer})
 
 
 def test_half_precision_needs_a_gpu() -> None:

@@ -180,6 +180,15 @@ def test_refuses_a_key_that_is_no_word() -> None:
             "set deepspeed: zero1, zero2 or zero3, or model.dtype: bfloat16",
         ),
         (
+            {"optimizer__schedule": "constant", "optimizer__min_lr_ratio": 0.1},
+            "recipe: optimizer.min_lr_ratio has no effect with schedule: constant; leave it out, "
+            "or set schedule: linear or cosine",
+        ),
+        (
+            {"model": {"config": {"model_type": "llama"}, "tokenizer": "t", "revision": "main"}},
+            "recipe: model.revision is for a model.path on the hub, and there is none",
+        ),
+        (
             {"model__dtype": "float16", "deepspeed": "zero2-offload"},
             "recipe: model.dtype float16 with an offloaded optimizer needs ZeRO stage 3: below, "
             "DeepSpeed 0.19 skips every step after the first overflow. Set deepspeed: "

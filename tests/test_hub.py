@@ -32,9 +32,10 @@ def test_names_on_the_hub_become_folders(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert located.path == str(tmp_path / "org/model")
     assert located.tokenizer == str(tmp_path / "org/words")
     assert located.revision is None
-    assert said[0] == (
-        "model.path: there is no folder org/model here, so it is looked for on the hub"
-    )
+    assert said[:2] == [
+        "model.path: there is no folder org/model here, so it is looked for on the hub",
+        f"model.path: org/model is in {tmp_path / 'org/model'}",
+    ]
 
 
 def test_folders_stay_what_they_are(tmp_path: Path) -> None:
@@ -42,6 +43,11 @@ def test_folders_stay_what_they_are(tmp_path: Path) -> None:
     folder.mkdir()
     for path in (str(folder), "./not/there"):  # what is missing is for whoever loads it to say
         assert hub.on_disk(Model(path=path), print).path == path
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.revision: got v1, but .* is a folder here"):
+        hub.on_disk(Model(path=str(tmp_path), revision="v1"), print)
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def test_dry_run_prints_exactly_what_would_run(
     assert head == f"# {setup.run_dir}/config.json"
     assert command == (
         "TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 OMP_NUM_THREADS=3 "
-        "MALLOC_MMAP_THRESHOLD_=268435456 MALLOC_TRIM_THRESHOLD_=68719476736 "
+        "MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 "
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 "
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT --shutdown-timeout=300 "
         f"-m dist_sft.train {setup.run_dir} --attempt=0\n"
@@ -493,14 +493,8 @@ VERDICT = (
     ("words", "code", "headline"),
     [
         ("the port is taken\n", 1, "torchrun ended with 1"),
-        ("No module named x\n" + VERDICT.format(code=1), 1, "worker 1 ended with 1"),
-        (
-            VERDICT.format(code=-9),
-            1,
-            "worker 1 ended with -9, killed from outside: mostly by the kernel because the machine "
-            "ran out of memory (see `dmesg`). Try fewer workers, a smaller "
-            "train.tokens_per_micro_batch, or deepspeed: zero3",
-        ),
+        ("No module named x\n" + VERDICT.format(code=1), 1, "worker 1: ended with 1"),
+        (VERDICT.format(code=-6), 1, "worker 1: ended by SIGABRT"),
     ],
 )
 def test_workers_that_say_nothing(
@@ -522,15 +516,37 @@ def test_workers_that_say_nothing(
     assert outcome.code == runs.FAILED
 
 
+LOST = "RuntimeError: Connection closed by peer"
+KILLED = (
+    "ended by SIGKILL, killed from outside: mostly by the kernel because the machine ran out of "
+    "memory (see `dmesg`). Try fewer workers, a smaller train.tokens_per_micro_batch, or "
+    "deepspeed: zero3"
+)
+
+
+@pytest.mark.parametrize(
+    ("wrote", "code", "reason"),
+    [
+        (failure(0, 1, LOST, 10.0), -9, f"{KILLED}\nrank 1 failed first"),
+        (failure(0, 1, LOST, 10.0), -11, "ended by SIGSEGV\nrank 1 failed first"),
+        (failure(0, 2, "data.train: empty", 10.0), -9, "data.train: empty"),
+        # Libraries abort ranks that lost another one, and ranks that are going down anyway.
+        (failure(0, 1, "KeyError: 'x'", 10.0), -6, "KeyError: 'x'\nrank 0 failed first"),
+        (failure(1, 1, "KeyError: 'x'", 10.0), -9, "KeyError: 'x'\nrank 1 failed first"),
+    ],
+)
 def test_a_killed_rank_outranks_those_that_only_lost_it(
-    setup: Setup, ranks: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+    setup: Setup,
+    ranks: Callable[[str], None],
+    capfd: pytest.CaptureFixture[str],
+    wrote: str,
+    code: int,
+    reason: str,
 ) -> None:
-    ranks(
-        failure(0, 1, "RuntimeError: Connection closed by peer", 10.0)
-        + f"print({VERDICT.format(code=-9)!r}, end='', file=sys.stderr); sys.exit(1)"
-    )
-    assert setup.launch() == runs.FAILED
-    assert capfd.readouterr().err.startswith("worker 1 ended with -9, killed from outside")
+    told = VERDICT.format(code=code)
+    ranks(wrote + f"print({told!r}, end='', file=sys.stderr); sys.exit(1)")
+    assert setup.launch() in (runs.FAILED, runs.WRONG_INPUT)
+    assert capfd.readouterr().err.startswith(reason)
 
 
 def on_two_nodes(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,52 +557,104 @@ def on_two_nodes(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.start_attempt(setup.run_dir)
 
 
+def rank_0_says(setup: Setup, outcome: Outcome, after: float) -> threading.Timer:
+    timer = threading.Timer(after, runs.write_outcome, (setup.run_dir, 0, outcome))
+    timer.start()
+    return timer
+
+
 def test_a_node_that_is_done_waits_for_rank_0(
     setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_two_nodes(setup, monkeypatch)
     monkeypatch.setenv("NODE_RANK", "1")
     ranks("pass")
-    exported = threading.Timer(
-        1.5, runs.write_outcome, (setup.run_dir, 0, Outcome(runs.FINISHED, "finished", 7))
-    )
-    exported.start()
+    timer = rank_0_says(setup, Outcome(runs.FINISHED, "finished", 7), after=1.5)
     assert node.run(setup.run_dir, 0) == runs.FINISHED
-    exported.join()
+    timer.join()
 
 
-@pytest.mark.parametrize("how", ["it takes too long", "another rank failed", "a signal"])
+def test_a_node_that_was_stopped_waits_for_rank_0(
+    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchrun ends with 1 after a signal even where its ranks have ended with 0."""
+    on_two_nodes(setup, monkeypatch)
+    monkeypatch.setenv("NODE_RANK", "1")
+    ranks(LISTENER.replace("write(", "sys.exit(1) or write("))
+    thread = send_when_listening(setup.run_dir, signal.SIGUSR1)
+    timer = rank_0_says(setup, Outcome(runs.STOPPED, "stopped after step 3", 3), after=3.0)
+    assert node.run(setup.run_dir, 0) == runs.STOPPED
+    thread.join()
+    timer.join()
+    assert runs.first_failure(setup.run_dir, 0) is None
+
+
+@pytest.mark.parametrize("how", ["it takes too long", "a signal"])
 def test_a_node_does_not_wait_for_ever(
-    setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, how: str
+    setup: Setup,
+    ranks: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    how: str,
 ) -> None:
     on_two_nodes(setup, monkeypatch)
     monkeypatch.setenv("NODE_RANK", "1")
     monkeypatch.setattr(node, "OUTCOME_SECONDS", 0.5 if how == "it takes too long" else 100)
-    ranks(failure(0, 1, "export: disk full", 1.0) if how == "another rank failed" else "pass")
+    ranks("pass")
     if how == "a signal":
         threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    code = node.run(setup.run_dir, 0)
-    assert code == (runs.STOPPED if how == "a signal" else runs.FAILED)
+        assert node.run(setup.run_dir, 0) == runs.STOPPED
+    else:
+        assert node.run(setup.run_dir, 0) == runs.FAILED
+        assert "rank 0 on node 0 has not said how it went" in capfd.readouterr().err
 
 
-def test_a_node_whose_ranks_say_nothing_tells_the_others(
+def test_what_killed_a_rank_on_another_node_is_known_to_the_first(
     setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_two_nodes(setup, monkeypatch)
+    monkeypatch.setattr(node, "WORDS_SECONDS", 1.0)
+    ranks(failure(0, 1, LOST, 10.0) + "sys.exit(1)")
+    other_node = threading.Timer(
+        0.3, runs.write_failure, (setup.run_dir, 0, 3, Outcome(1, KILLED, -1)), {"killed": True}
+    )
+    monkeypatch.setenv("NODE_RANK", "0")
+    other_node.start()
+    assert node.run(setup.run_dir, 0) == runs.FAILED
+    outcome = runs.read_outcome(setup.run_dir, 0)
+    assert outcome is not None
+    assert outcome.reason.startswith(f"{KILLED}\nrank 3 failed first")
+
+
+@pytest.mark.parametrize(
+    ("words", "rank", "reason"),
+    [(VERDICT.format(code=-9), 3, KILLED), ("the port is taken\n", 2, "torchrun ended with 1")],
+)
+def test_a_node_whose_ranks_say_nothing_tells_the_others(
+    setup: Setup,
+    ranks: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    rank: int,
+    reason: str,
+) -> None:
+    on_two_nodes(setup, monkeypatch)
+    monkeypatch.setattr(node, "WORDS_SECONDS", 0.1)
     monkeypatch.setenv("NODE_RANK", "1")
-    ranks(f"print({VERDICT.format(code=-9)!r}, end='', file=sys.stderr); sys.exit(1)")
+    ranks(f"print({words!r}, end='', file=sys.stderr); sys.exit(1)")
     assert node.run(setup.run_dir, 0) == runs.FAILED
     told = runs.first_failure(setup.run_dir, 0)
     assert told is not None
-    assert told[0] == 2
-    assert "killed from outside" in told[1].reason
+    assert told[0] == rank
+    assert told[1].reason.startswith(reason)
 
 
 def test_only_the_first_node_records_the_outcome(
     setup: Setup, ranks: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_two_nodes(setup, monkeypatch)
-    ranks(failure(5, 2, "no such file", 1.0))
+    monkeypatch.setattr(node, "WORDS_SECONDS", 0.1)
+    ranks(failure(5, 2, "no such file", 1.0) + "sys.exit(1)")
     for node_rank, outcome in (("1", None), ("0", Outcome(2, "no such file", -1))):
         monkeypatch.setenv("NODE_RANK", node_rank)
         assert node.run(setup.run_dir, 0) == runs.WRONG_INPUT
@@ -628,6 +696,26 @@ def test_node_claims_an_attempt_or_takes_the_one_it_is_given(
     (setup.run_dir / "logs" / "attempt-7").mkdir()
     assert run_node(monkeypatch, setup.run_dir, "--attempt=7") == runs.FINISHED
     assert runs.attempts(setup.run_dir) == [0, 7]
+    assert run_node(monkeypatch, setup.run_dir, "--claim") == runs.FINISHED
+    assert runs.attempts(setup.run_dir) == [0, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"), [(0, "--attempt: 0 is over"), (5, "--attempt: 5 was not claimed")]
+)
+def test_node_runs_no_attempt_twice_and_none_that_nobody_claimed(
+    setup: Setup,
+    ranks: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    attempt: int,
+    message: str,
+) -> None:
+    setup.launch("--prepare")
+    ranks("write('outcome.json', code=0, reason='finished', step=5)")
+    assert run_node(monkeypatch, setup.run_dir) == runs.FINISHED
+    assert run_node(monkeypatch, setup.run_dir, f"--attempt={attempt}") == runs.WRONG_INPUT
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

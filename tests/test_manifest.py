@@ -43,6 +43,15 @@ def test_nothing_evaluated_has_no_best(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no checkpoint was evaluated" in capsys.readouterr().err
 
 
+def test_what_a_killed_pruning_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    make(tmp_path, {1: None, 2: None, 3: None})
+    old = tmp_path / "checkpoints" / ".step-00000001.old"
+    old.mkdir()
+    (old / "manifest.json").touch()
+    checkpoint.prune(tmp_path, 2)
+    assert kept(tmp_path) == [2, 3]
+
+
 def test_leftovers_go(tmp_path: Path) -> None:
     make(tmp_path, {1: None})
     for name in (".step-00000002.attempt-0.tmp", ".step-00000000.old"):

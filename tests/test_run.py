@@ -237,9 +237,8 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     path = write(recipe, run_dir)
     assert run(path, "--prepare")[0] == 0
     (run_dir / "checkpoints").mkdir()
-    (
-        run_dir / "checkpoints" / ".step-00000002.attempt-0.tmp"
-    ).touch()  # where a folder has to be made
+    # In the way of a folder that has to be made.
+    (run_dir / "checkpoints" / ".step-00000002.attempt-0.tmp").touch()
     code, out, err = run(path)
     assert code == 0, out + err
     assert "NOT SAVED: the checkpoint of step 2 cannot be saved: rank 0: " in out

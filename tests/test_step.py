@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from dist_sft.batches import Batch
 from dist_sft.config import Optimizer
@@ -125,6 +132,25 @@ def test_flops_of_a_known_model() -> None:
     assert flops(lengths, 150) == pytest.approx(expected)
 
 
+def test_flops_leave_out_tables_and_sleeping_experts() -> None:
+    lengths, targets = np.array([10, 30]), 7
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50))
+        mixture = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=4, num_local_experts=8,
+                num_experts_per_tok=2,
+            )
+        )  # fmt: skip
+    attention = 6 * 2 * 32 * (10**2 + 30**2)
+    head = 6 * 32 * 50 * targets
+    layer = 4 * 32 * 32 + 2 * 32 * 128  # positions are looked up, not multiplied
+    assert FlopCounter(gpt2)(lengths, targets) == 6 * 2 * layer * 40 + head + attention
+    layer = 4 * 32 * 32 + 32 * 8 + 2 * 3 * 32 * 64  # a router, and 2 of 8 experts
+    assert FlopCounter(mixture)(lengths, targets) == 6 * 2 * layer * 40 + head + attention
+
+
 def test_the_clock_adds_up_and_starts_again() -> None:
     clock = Clock(CPU)
     for _ in range(2):
@@ -139,6 +165,6 @@ def test_matmul_rate_is_a_plausible_number() -> None:
 
 
 def test_a_loss_scale_that_finds_no_step_ends_the_run() -> None:
-    check_skipped(MAX_SKIPPED, 30)
-    with pytest.raises(Diverged, match="steps 11 to 31 were all skipped"):
-        check_skipped(MAX_SKIPPED + 1, 31)
+    check_skipped(MAX_SKIPPED - 1, 30)
+    with pytest.raises(Diverged, match="steps 17 to 31 were all skipped"):
+        check_skipped(MAX_SKIPPED, 31)
