@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset(
         "checkpoint",
         "eval.every",
         "trackers",
+        "watchdog",
     }
 )
 
@@ -231,6 +232,15 @@ class Eval(Section):
     """Steps between evaluations; null: only at the end."""
 
 
+class Watchdog(Section):
+    """When a run counts as hung: its ranks are ended, with their stacks in the logs."""
+
+    seconds: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Seconds without progress within a step or an evaluation; null: never."""
+    slow_seconds: Annotated[float, Field(gt=0)] | None = 7200.0
+    """The same while a model is loaded, saved or exported."""
+
+
 class Recipe(Section):
     """A whole training run."""
 
@@ -260,6 +270,8 @@ class Recipe(Section):
     """When the state is saved, and how long it is kept."""
     eval: Eval = Eval()
     """When the evaluation sets are looked at."""
+    watchdog: Watchdog = Watchdog()
+    """When a run counts as hung: its ranks are ended, with their stacks in the logs."""
     trackers: tuple[
         Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive",
                 "swanlab", "trackio"], ...

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_sft import lease, node, preflight, runs
+from dist_sft import lease, manifest, node, preflight, runs
 from dist_sft.config import Recipe, read_recipe
 from dist_sft.errors import UserError
 
@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="key=value", help="override any setting")
     result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
     result.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    result.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again after a crash, at most N times without a new checkpoint",
+    )
     result.add_argument(
         "--trust-checkpoint",
         action="store_true",
@@ -67,10 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{run_dir} is finished already; for another run give another run_dir")
             return runs.FINISHED
         (run_dir / "STOP").unlink(missing_ok=True)
-        return node.run(run_dir, runs.start_attempt(run_dir))
+        return run_until_it_ends(run_dir, options.restarts)
     except UserError as error:
         print(error, file=sys.stderr)
         return runs.WRONG_INPUT
+
+
+def run_until_it_ends(run_dir: Path, restarts: int) -> int:
+    """Run attempts until one does not crash, or `restarts` in a row brought no new checkpoint."""
+    in_vain = 0
+    while True:
+        before = list(manifest.folders(run_dir))
+        code = node.run(run_dir, runs.start_attempt(run_dir))
+        if code != runs.FAILED:
+            return code
+        in_vain = in_vain + 1 if list(manifest.folders(run_dir)) == before else 1
+        if in_vain > restarts:
+            if restarts:
+                print(f"gave up: {in_vain} attempts without a new checkpoint", file=sys.stderr)
+            return code
+        print(f"starting again ({in_vain} of {restarts} without a new checkpoint)", file=sys.stderr)
 
 
 def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:

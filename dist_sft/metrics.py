@@ -9,7 +9,7 @@ import re
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -41,7 +41,11 @@ class Clock:
     the step is over.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, beat: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        """Call `beat` whenever a phase begins."""
+        self._beat = beat
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, Any, Any]] = []
@@ -49,6 +53,7 @@ class Clock:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the block's time as part of a phase."""
+        self._beat(phase)
         if self._cuda:
             event: Any = torch.cuda.Event  # torch leaves it untyped
             start, end = event(enable_timing=True), event(enable_timing=True)

@@ -15,16 +15,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dist_sft import lease, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
+from dist_sft.watchdog import FOLDER, Watchdog
 
 SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
+WATCH_SECONDS = 1.0  # between two looks at the ranks
 WORDS_SECONDS = 5.0  # what node 0 gives others to say why they failed
 
 
@@ -134,16 +138,21 @@ def run(run_dir: Path, attempt: int) -> int:
     threads = threads_for(recipe.threads_per_worker, group.workers_per_node, gpus)
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
     owning = lease.hold(run_dir, attempt) if group.node_rank == 0 else contextlib.nullcontext()
-    with Relay() as relay, owning, open(log, "w", encoding="utf-8") as errors:
+    with ExitStack() as stack:
+        relay = stack.enter_context(Relay())
+        stack.enter_context(owning)
+        errors = stack.enter_context(open(log, "w", encoding="utf-8"))
+        hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
             torchrun_command(run_dir, recipe.job, attempt, group),
-            env=os.environ | rank_environment(threads, gpus),
+            env=os.environ | rank_environment(threads, gpus) | {FOLDER: str(hearts)},
             stderr=errors,
             start_new_session=True,
         )
         relay.attach(child)
-        child.wait()
+        limits = recipe.watchdog
+        watch(child, Watchdog(hearts, limits.seconds, limits.slow_seconds), run_dir, attempt)
         ended = _Ended(child.returncode, log, group)
         if relay.received is None:
             ended.report_a_killed_rank(run_dir, attempt)
@@ -159,6 +168,21 @@ def run(run_dir: Path, attempt: int) -> int:
     if outcome.code == runs.STOPPED:
         print("the same command continues the run", file=sys.stderr)
     return outcome.code
+
+
+def watch(child: subprocess.Popen[bytes], watchdog: Watchdog, run_dir: Path, attempt: int) -> None:
+    """Wait until torchrun has ended; end it where a rank hangs, and write down which one."""
+    while True:
+        try:
+            child.wait(timeout=WATCH_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            stuck = watchdog.look()
+        if stuck:
+            outcome = runs.Outcome(runs.FAILED, str(stuck), -1)
+            runs.write_failure(run_dir, attempt, stuck.rank, outcome, killed=True)
+            watchdog.end()
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _await_outcome(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> runs.Outcome | None:

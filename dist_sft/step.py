@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,8 +94,17 @@ def token_loss(engine: Engine, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def evaluate(engine: Engine, feeder: Feeder, stop: StopFlag, device: torch.device) -> float | None:
-    """Return the mean loss per supervised token over a whole evaluation set; None on a stop."""
+def evaluate(
+    engine: Engine,
+    feeder: Feeder,
+    stop: StopFlag,
+    device: torch.device,
+    beat: Callable[[str], None] = lambda phase: None,
+) -> float | None:
+    """Return the mean loss per supervised token over a whole evaluation set; None on a stop.
+
+    `beat` is called with the name of the phase for every micro-batch.
+    """
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     stopping = False
@@ -105,6 +114,7 @@ def evaluate(engine: Engine, feeder: Feeder, stop: StopFlag, device: torch.devic
             if stopping:
                 break
             for number, batch in enumerate(batches):
+                beat("evaluation")
                 with explaining_memory(batch, number):
                     total[0] += token_loss(engine, batch).double()
                 total[1] += len(batch.targets)

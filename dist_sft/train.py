@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import math
 import os
 import sys
@@ -50,6 +51,7 @@ from dist_sft.step import (
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
 from dist_sft.trackers import check_installed, start_trackers
+from dist_sft.watchdog import DUMP_SIGNAL, Heart
 from dist_sft.world import Place
 
 PROFILED_EVERY = 200  # steps between looks at the collectives; a profiler costs time
@@ -60,6 +62,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
     with ExitStack() as stack:
         # 1. Who am I, and what is asked of me?
         place = Place.from_environment()
+        heart = Heart()
+        heart.beat("preparing")
         recipe = read_config_json(run_dir)
         dtype = resolve_dtype(recipe.model.dtype, place.device)
         if recipe.deterministic:
@@ -74,6 +78,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         train_set, eval_sets = data.open_datasets(stores, recipe.data, recipe.seed)
 
         # 3. Join the other ranks, and make sure that all are of one mind.
+        heart.beat("loading")
         accelerator = make_accelerator(recipe, dtype, run_dir)
         # After a failure other ranks may be in a collective: leaving it politely could hang.
         stack.push(lambda kind, *_: accelerator.end_training() if kind is None else None)
@@ -144,6 +149,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             """Save and prune; a checkpoint that cannot be written does not end the run."""
             nonlocal saved_at
             saved_at = time.monotonic()
+            heart.beat("saving")
             known = facts | {"eval_loss": evaluated or None}
             try:
                 checkpoint.save(run_dir, step, engine, known, write_model, attempt, keeping.mode)
@@ -165,8 +171,10 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             return place.rank == 0 and seconds >= 60 * (keeping.minutes or math.inf)
 
         def stopped(step: int) -> Outcome:
-            kept = not keeping.on_stop or save(step)
-            lost = "" if kept else ", which is not saved (see the log): older ones are"
+            if not keeping.on_stop:
+                lost = ", which is not saved (checkpoint.on_stop: false): older ones are"
+            else:
+                lost = "" if save(step) else ", which is not saved (see the log): older ones are"
             by = stop.reason or "another rank"
             return Outcome(runs.STOPPED, f"stopped by {by} after step {step}{lost}", step)
 
@@ -174,7 +182,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             """Return the loss of every evaluation set by name; None where a stop cut it short."""
             losses = {}
             for name, held_out in eval_feeders.items():
-                value = evaluate(engine, held_out, stop, place.device)
+                value = evaluate(engine, held_out, stop, place.device, heart.beat)
                 if value is None:
                     return None
                 losses[name] = value
@@ -197,7 +205,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             f"balance {outlook.balance:.0%}"
         )
         console.start(total, done)
-        clock = Clock(place.device)
+        clock = Clock(place.device, heart.beat)
         skipped = 0  # steps in a row
 
         # 6. The loop. Everything about a step follows from its number.
@@ -210,6 +218,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         saved = done == total
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
+            heart.step = step
             with clock("data"):
                 samples = plan.samples(step)
                 batches = feeder.micro_batches(samples)
@@ -263,6 +272,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
 
         # 8. The end: a last checkpoint, a model that others can load, a picture of the loss.
         console.close()
+        heart.beat("exporting")
         if not saved:
             raise RuntimeError(
                 "the last checkpoint cannot be saved; make room, and the same command continues "
@@ -370,6 +380,7 @@ def run_rank(run_dir: Path, attempt: int) -> int:
     rank = int(os.environ["RANK"])
     terminal = redirect_output(runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log")
     console = Console(terminal if rank == 0 else None)
+    faulthandler.register(DUMP_SIGNAL, file=sys.stderr)  # where it hangs, when its node asks
     logging.disable_progress_bar()  # transformers' bars would be all that a log shows
     try:
         outcome = train(run_dir, attempt, console)

@@ -662,6 +662,26 @@ def test_only_the_first_node_records_the_outcome(
         assert (setup.run_dir / "logs" / "attempt-0" / f"torchrun-{node_rank}.log").exists()
 
 
+@pytest.mark.parametrize(("checkpoints", "attempts"), [(False, 3), (True, 5)])
+def test_a_crash_is_followed_by_restarts_until_they_are_in_vain(
+    setup: Setup,
+    ranks: Callable[[str], None],
+    capfd: pytest.CaptureFixture[str],
+    checkpoints: bool,
+    attempts: int,
+) -> None:
+    """Two attempts before the last three bring a checkpoint each, or none does."""
+    ranks(
+        "number = int(attempt.name.rpartition('-')[2])\n"
+        f"folder = attempt.parents[1] / 'checkpoints' / f'step-{{number:08d}}'\n"
+        f"if {checkpoints} and number in (0, 2): folder.mkdir(parents=True)\n"
+        "sys.exit(1)"
+    )
+    assert setup.launch("--restarts=2") == runs.FAILED
+    assert len(runs.attempts(setup.run_dir)) == attempts
+    assert "gave up: 3 attempts without a new checkpoint" in capfd.readouterr().err
+
+
 def test_ranks_get_their_threads(
     setup: Setup, ranks: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:

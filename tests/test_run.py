@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from launching import SECONDS, read, run, start, wait_for_step, wait_until, write
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_sft import manifest, report
+from dist_sft import manifest, report, runs
 from dist_sft.cli import main
 from dist_sft.pieces import Reader
 
@@ -311,6 +312,34 @@ def test_a_live_run_is_refused_and_an_orphan_cannot_commit(
     folder = manifest.folder_of(run_dir, list(manifest.folders(run_dir))[-1])
     assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {"0o640", "0o750"}
     assert oct(folder.stat().st_mode & 0o777) == "0o750"
+
+
+def test_a_stopped_rank_is_found_and_the_run_started_again(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    changes = {"train": {"batch_size": 8, "steps": 60}, "watchdog": {"seconds": 3}}
+    path = write({**recipe, **changes}, run_dir)
+    process = start(path, "--restarts=1")
+    wait_for_step(run_dir, 5, process)
+    ranks = [
+        p for p in psutil.Process(process.pid).children(recursive=True)
+        if "dist_sft.train" in p.cmdline() and "torch.distributed.run" not in p.cmdline()
+    ]  # fmt: skip
+    stopped = next(p for p in ranks if p.environ()["RANK"] == "1")
+    stopped.suspend()
+    began = time.monotonic()
+    outcome = run_dir / "logs/attempt-0/outcome.json"
+    wait_until(outcome.exists, process)
+    assert time.monotonic() - began < 30, "gloo alone would have waited for half an hour"
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, out + err
+    assert re.search(r"rank 1 has made no progress for \d+ s \(.*, step \d+\): its proc", err)
+    assert "starting again (1 of 1 without a new checkpoint)" in err
+    assert "most recent call first" in read(run_dir / "logs/attempt-0/rank-0.log")
+    assert runs.attempts(run_dir) == [0, 1]
+    assert [x["step"] for x in report.read_steps(run_dir / "metrics.jsonl")] == list(range(1, 61))
 
 
 def test_best_by_clock_and_without_saving_on_a_stop(recipe: dict[str, Any], tmp_path: Path) -> None:
