@@ -591,7 +591,7 @@ def test_exports_that_cannot_be_are_refused(shown: Any, run_dir: Path, tmp_path:
     out = tmp_path / "out"
     assert "not a run folder" in shown("export", tmp_path, out, code=2)
     message = shown("export", run_dir, out, "--step", 4, code=2)
-    assert "--step: got 4; there are checkpoints of steps [3, 6]" in message
+    assert "--step: got 4; allowed: best, or one of the checkpoints [3, 6]" in message
     assert "exists already" in shown("export", run_dir, run_dir, code=2)
     for folder in (run_dir / "checkpoints").iterdir():
         folder.rmdir()

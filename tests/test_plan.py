@@ -118,7 +118,7 @@ def test_a_batch_larger_than_the_data_is_the_whole_epoch() -> None:
 
 
 def test_a_source_without_rows_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.train\[1\] has 0 usable rows"):
+    with pytest.raises(UserError, match=r"data\.train\.1 has 0 usable rows"):
         Plan(rows=(3, 0), weights=(1.0, 1.0), seed=0, batch_size=4)
 
 

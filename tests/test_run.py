@@ -1,9 +1,11 @@
 """The real launcher, real ranks, a tiny model: from a recipe to a model, and on after a stop."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_sft import manifest, report, runs
 from dist_sft.cli import main
 from dist_sft.pieces import Reader
+from dist_sft.watchdog import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +183,9 @@ def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path
     changes = {"data": data, "train": {"batch_size": 8, "steps": 2}, "eval": {"every": 1}}
     path = write({**recipe, **changes}, run_dir)
     process = start(path)
-    wait_until(lambda: "training steps" in read(run_dir / "logs/attempt-0/rank-0.log"), process)
-    time.sleep(1.0)  # a step takes a tenth of that, an evaluation many times as much
+    wait_until(lambda: bool(ranks_of(process)), process)
+    heartbeat = Path(ranks_of(process)[0].environ()[FOLDER]) / "0"
+    wait_until(lambda: "evaluation" in read(heartbeat), process)
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, out + err
@@ -251,6 +255,17 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     assert list(manifest.folders(run_dir)) == [6, 7]
 
 
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the processes of the ranks, as soon as torchrun has started them."""
+    found = []
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if "dist_sft.train" in command and "torch.distributed.run" not in command:
+                found.append(process)
+    return found
+
+
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
@@ -304,10 +319,13 @@ def test_a_live_run_is_refused_and_an_orphan_cannot_commit(
     successor = start(path, workers=1)
     orphan_log = run_dir / "logs/attempt-0/rank-0.log"
     wait_until(lambda: "a newer attempt works on" in read(orphan_log), successor)
+    log = run_dir / "logs/attempt-1/rank-0.log"
+    wait_until(lambda: "tokens/s" in read(log), successor)
     successor.send_signal(signal.SIGTERM)
     out, err = successor.communicate(timeout=SECONDS)
     assert successor.returncode == 75, out + err
     assert "continuing after step" in out
+    orphaned.communicate(timeout=SECONDS)  # its ranks have ended, too
     assert not (run_dir / "lease.json").exists()
     folder = manifest.folder_of(run_dir, list(manifest.folders(run_dir))[-1])
     assert {oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {"0o640", "0o750"}
@@ -322,10 +340,7 @@ def test_a_stopped_rank_is_found_and_the_run_started_again(
     path = write({**recipe, **changes}, run_dir)
     process = start(path, "--restarts=1")
     wait_for_step(run_dir, 5, process)
-    ranks = [
-        p for p in psutil.Process(process.pid).children(recursive=True)
-        if "dist_sft.train" in p.cmdline() and "torch.distributed.run" not in p.cmdline()
-    ]  # fmt: skip
+    ranks = ranks_of(process)
     stopped = next(p for p in ranks if p.environ()["RANK"] == "1")
     stopped.suspend()
     began = time.monotonic()

@@ -45,8 +45,8 @@ def rank(number: int, **facts: Any) -> Rank:
             [
                 "recipe: rank 2 on host2 has y; the others have r (run_dir must be one folder that "
                 "every host sees)",
-                "data: rank 0 on host0 has x; the others have d (the files of data.train differ "
-                "between hosts, or changed while the run started)",
+                "data: rank 0 on host0 has x; the others have d (the files of data.train or "
+                "data.eval differ there, or changed while the run started)",
             ],
         ),
         ([rank(0), rank(1), rank(1)], ["ranks are [0, 1, 1], expected 0 to 2, each once"]),
