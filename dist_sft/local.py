@@ -32,6 +32,13 @@ def parser() -> argparse.ArgumentParser:
         help="start again after a crash, at most N times without a new checkpoint",
     )
     result.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="continue although this setting (dotted, or a section) differs from the run's",
+    )
+    result.add_argument(
         "--trust-checkpoint",
         action="store_true",
         help="continue from a checkpoint that other users own or may write",
@@ -54,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers = gpus or 1 if options.workers is None else options.workers
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
-        runs.check(recipe)
+        runs.check(recipe, options.allow_change)
         mistakes = preflight.missing_paths(recipe)
         mistakes += preflight.machine_mistakes(recipe, workers, gpus)
         if mistakes and not options.prepare and not runs.is_finished(Path(recipe.run_dir)):
@@ -64,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return runs.FINISHED
         if not options.prepare:
             lease.wait_until_free(Path(recipe.run_dir))
-        told = {"overrides": options.overrides, "trust_checkpoint": options.trust_checkpoint}
+        told = {
+            "overrides": options.overrides,
+            "allow_change": options.allow_change,
+            "trust_checkpoint": options.trust_checkpoint,
+        }
         launch = runs.Launch("local", 1, workers, told, runs.code_revision())
         run_dir = runs.create(recipe, launch)
         if options.prepare:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,18 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def check(recipe: Recipe) -> str | None:
-    """Check that the run folder is new, or that of this recipe; tell of settings that will change.
+def check(recipe: Recipe, allowed: Sequence[str] = ()) -> dict[str, str]:
+    """Check that the run folder is new, or that of this recipe; return the settings that change.
 
     Raises UserError for a folder that holds something else, and for another run, with the settings
-    that differ. Settings that never change what is learned may differ, and all of them may while
-    nothing was learned: a mistake in a recipe must not cost a run folder.
+    that differ. Settings that never change what is learned may differ, those that a person has
+    `allowed` may, and all of them may while nothing was learned: a mistake in a recipe must not
+    cost a run folder.
     """
     run_dir = Path(recipe.run_dir)
     try:
         if (run_dir / "config.json").exists():
-            return _changes(run_dir, recipe)
+            return _changes(run_dir, recipe, allowed)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise UserError(
                 f"run_dir: {run_dir} exists and is not a run folder (no config.json in it); "
@@ -75,7 +76,7 @@ def check(recipe: Recipe) -> str | None:
             )
     except OSError as error:
         raise UserError(f"run_dir: {run_dir} cannot be used: {error.strerror}") from None
-    return None
+    return {}
 
 
 def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -> Path:
@@ -84,10 +85,19 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
     Raises UserError as `check` does, and for a folder that cannot be written.
     """
     run_dir = Path(recipe.run_dir)
-    changes = check(recipe)
+    allowed = launch.options.get("allow_change", ())
+    changes = check(recipe, allowed)
     if changes:
-        say(changes)
+        listed = [f"{key}: {change}" for key, change in changes.items()]
+        what = "continues with other settings"
+        if _refused(changes, allowed):
+            what = "has learned nothing yet; its settings change"
+        say("\n  ".join([f"{run_dir} {what}:", *listed]))
     try:
+        if changes:
+            record = {"time": time.time(), "before_attempt": len(attempts(run_dir)), **changes}
+            with open(run_dir / "changes.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         if changes and _nothing_was_learned(run_dir):
             # Random weights that the old settings described would be taken for the new ones'.
             shutil.rmtree(run_dir / "initial", ignore_errors=True)
@@ -99,19 +109,25 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
     return run_dir
 
 
-def _changes(run_dir: Path, recipe: Recipe) -> str | None:
+def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str, str]:
     changes = difference(read_config_json(run_dir), recipe)
-    if not changes:
-        return None
-    listed = [f"{key}: {change}" for key, change in changes.items()]
-    if all(may_change(key) for key in changes):
-        return "\n  ".join([f"{run_dir} continues with other settings:", *listed])
-    if _nothing_was_learned(run_dir):
-        return "\n  ".join([f"{run_dir} has learned nothing yet; its settings change:", *listed])
+    refused = _refused(changes, allowed)
+    if not refused or _nothing_was_learned(run_dir):
+        return changes
+    listed = [f"{key}: {change}" for key, change in refused.items()]
     raise UserError(
         "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed])
-        + "\nGive another run_dir, or the settings of that run to continue it."
+        + "\nGive another run_dir, or the settings of that run to continue it. To go on with other "
+        "mathematics on purpose, launch with --allow-change KEY for each."
     )
+
+
+def _refused(changes: dict[str, str], allowed: Sequence[str]) -> dict[str, str]:
+    return {
+        key: change
+        for key, change in changes.items()
+        if not may_change(key) and not any(f"{key}.".startswith(f"{name}.") for name in allowed)
+    }
 
 
 def _nothing_was_learned(run_dir: Path) -> bool:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,11 @@ from dist_sft.trackers import check_installed, start_trackers
 from dist_sft.watchdog import DUMP_SIGNAL, Heart
 from dist_sft.world import Place
 
+ORIGINS = {
+    "data": "the encoded training data (a file of data.train, the template or the tokenizer)",
+    "model": "the model that the run began from (its config, or the sizes of its files)",
+}
+"""What a checkpoint belongs to, by section of the recipe."""
 PROFILED_EVERY = 200  # steps between looks at the collectives; a profiler costs time
 
 
@@ -64,7 +70,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         place = Place.from_environment()
         heart = Heart()
         heart.beat("preparing")
-        recipe = read_config_json(run_dir)
+        recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
         dtype = resolve_dtype(recipe.model.dtype, place.device)
         if recipe.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -121,13 +127,20 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             "words": encoder.fingerprint,  # tokenizer and template
             "model": hashes["model"],  # what the run began from
             "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
-            "code": runs.read_launch(run_dir).revision,
+            "code": launch.revision,
         }
         keeping = recipe.checkpoint
         if place.rank == 0:
             checkpoint.remove_leftovers(run_dir)
-        trusting = bool(runs.read_launch(run_dir).options.get("trust_checkpoint"))
-        done = restore_newest(run_dir, engine, facts, keeping.verify, console, trusting=trusting)
+        done = restore_newest(
+            run_dir,
+            engine,
+            facts,
+            keeping.verify,
+            console,
+            trusting=bool(launch.options.get("trust_checkpoint")),
+            allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
+        )
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -338,27 +351,24 @@ def restore_newest(
     console: Console,
     *,
     trusting: bool,
+    allowed: Collection[str],
 ) -> int:
     """Load the newest good checkpoint, if there is one; return the step to go on from.
 
-    Raises UserError where it was trained on other data: the order of rows would be another one.
+    Raises UserError where it was trained on other data, for the order of rows would be another one,
+    or began from another model, unless a person has `allowed` that.
     """
     newest = checkpoint.newest_good(run_dir, level, console.say, trusting=trusting)
     if newest is None:
         return 0
     folder = manifest.folder_of(run_dir, newest)
     saved = manifest.read(folder)
-    if saved["data"] != facts["data"]:
-        raise UserError(
-            f"the encoded training data is not what {folder} was trained on: a file of data.train, "
-            "the template or the tokenizer has changed. Put it back, or give another run_dir"
-        )
-    if saved["model"] != facts["model"]:
-        raise UserError(
-            f"the model that this run began from has changed since {folder} was written: its "
-            "config, or the sizes of its files. Put it back (model.revision names a commit of the "
-            "hub), or give another run_dir"
-        )
+    for key, what in ORIGINS.items():
+        if saved[key] != facts[key] and key not in allowed:
+            raise UserError(
+                f"{what} has changed since {folder} was written. Put it back, give another "
+                f"run_dir, or launch with --allow-change {key} to go on all the same"
+            )
     checkpoint.restore(folder, engine)
     console.say(f"continuing after step {newest} (checked by {level})")
     return newest

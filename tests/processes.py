@@ -33,7 +33,7 @@ def run_ranks(
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     logs = [log_dir / f"rank-{rank}.log" for rank in range(world)]
-    port = _free_port()
+    port = free_port()
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
         ranks = []
@@ -74,7 +74,8 @@ def _variables(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -210,6 +210,7 @@ def test_prepare_writes_a_complete_run_folder(
     assert (launch.launcher, launch.nodes, launch.workers_per_node) == ("local", 1, 2)
     assert launch.options == {
         "overrides": ["seed=7", "train.steps=3"],
+        "allow_change": [],
         "trust_checkpoint": False,
     }
     assert launch.revision.startswith("0.")
@@ -324,11 +325,38 @@ def test_refuses_a_run_folder_of_another_recipe(
         "  seed: 0 -> 1\n"
         "  data.eval_fraction: 0.0 -> 0.5\n"
         "  optimizer.lr: 2e-05 -> 0.001\n"
-        "  eval.every: null -> 5\n"
-        "Give another run_dir, or the settings of that run to continue it.\n"
+        "Give another run_dir, or the settings of that run to continue it. To go on with other "
+        "mathematics on purpose, launch with --allow-change KEY for each.\n"
     )
     assert (setup.run_dir / "config.json").read_bytes() == before
     assert runs.attempts(setup.run_dir) == [0]
+
+
+def learned(run_dir: Path) -> None:
+    """Leave a run folder as one that has taken a step."""
+    attempt = runs.start_attempt(run_dir)
+    runs.write_outcome(run_dir, attempt, Outcome(runs.STOPPED, "stopped", 1))
+    (run_dir / "metrics.jsonl").write_text('{"attempt": 0, "step": 1}\n')
+
+
+def test_other_mathematics_is_let_through_by_name_and_recorded(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup.launch("--prepare") == runs.FINISHED
+    learned(setup.run_dir)
+    changed = ("--prepare", "optimizer.lr=3e-5", "optimizer.clip=2", "seed=4")
+    assert setup.launch(*changed, "--allow-change", "optimizer.lr") == runs.WRONG_INPUT
+    said = capsys.readouterr().err
+    assert "seed: 0 -> 4" in said
+    assert "optimizer.lr" not in said
+    assert "launch with --allow-change KEY" in said
+    allowing = ("--allow-change", "optimizer", "--allow-change", "seed")
+    assert setup.launch(*changed, *allowing) == runs.FINISHED
+    assert read_config_json(setup.run_dir).seed == 4
+    record = json.loads((setup.run_dir / "changes.jsonl").read_text())
+    assert record["seed"] == "0 -> 4"
+    assert record["before_attempt"] == 1
+    assert "optimizer.lr" in record
 
 
 def test_a_run_continues_with_less_memory(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:

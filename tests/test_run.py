@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import SECONDS, read, run, start, wait_for_step, wait_until, write
+from launching import ROOT, SECONDS, read, run, start, wait_for_step, wait_until, write
 from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,6 +121,18 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str])
     initial = load_file(run_dir / "initial" / "model.safetensors")
     assert not torch.equal(initial["model.embed_tokens.weight"], model.lm_head.weight)
     assert AutoTokenizer.from_pretrained(run_dir / "model").eos_token == "<|endoftext|>"
+
+
+def test_the_page_on_the_format_reads_a_tensor(finished: tuple[Path, Path, str]) -> None:
+    page = (ROOT / "docs/checkpoint_format.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = manifest.folder_of(finished[1], 7)
+    program = program.replace("runs/my-run/checkpoints/step-00000200", str(folder))
+    found: dict[str, Any] = {}
+    exec(program, found)
+    assert torch.equal(torch.from_numpy(found["tensor"]), Reader(folder).tensor(found["name"]))
+    keys = set(re.findall(r"`(\w+)`", page.partition("| --- | --- |")[2].partition("There is")[0]))
+    assert set(found["manifest"]) <= keys
 
 
 def test_a_finished_run_is_not_run_again(finished: tuple[Path, Path, str]) -> None:
@@ -291,7 +303,7 @@ def test_other_data_under_an_old_checkpoint_is_refused(
     rows.write_text(rows.read_text().replace("Add 1", "Sum 1"))
     code, _, err = run(path, workers=1)
     assert code == 2
-    assert "a file of data.train, the template or the tokenizer has changed" in err
+    assert "the encoded training data (a file of data.train, the template or the tokenizer)" in err
 
     rows.write_text(rows.read_text().replace("Sum 1", "Add 1"))
     code, out, err = run(path, workers=1)
