@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_export(commands)
     _add_verify(commands)
+    _add_verify_resume(commands)
     _add_status(commands)
     _add_stop(commands)
     return result
@@ -221,6 +222,41 @@ def _verify(options: argparse.Namespace) -> int:
     for line in wrong:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 1 if wrong else 0
+
+
+def _add_verify_resume(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify-resume",
+        help="prove that a killed run goes on exactly",
+        description="Run a few steps of a recipe twice in a scratch folder, once killed and "
+        "continued, and compare losses and state bit by bit. Exit code 1 where they differ.",
+    )
+    _add_recipe(command)
+    command.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
+    command.add_argument("--steps", type=int, default=6, metavar="N", help="default: 6")
+    command.add_argument("--kill-at", type=int, default=3, metavar="N", help="default: 3")
+    command.set_defaults(run=_verify_resume)
+
+
+def _verify_resume(options: argparse.Namespace) -> int:
+    from tempfile import TemporaryDirectory
+
+    from dist_sft.node import count_gpus
+
+    if not 1 <= options.kill_at < options.steps:
+        raise UserError(
+            f"--kill-at: got {options.kill_at}; allowed: 1 to {options.steps - 1}, below --steps"
+        )
+    from dist_sft.verify_resume import verify_resume
+
+    workers = count_gpus() or 1 if options.workers is None else options.workers
+    with TemporaryDirectory(prefix="dist_sft-") as scratch:
+        verdict = verify_resume(
+            Path(options.recipe), options.overrides, workers, options.steps, options.kill_at,
+            Path(scratch), say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+    print(verdict.told)
+    return 0 if verdict.equal else 1
 
 
 # ---- status and stop -------------------------------------------------------------------------

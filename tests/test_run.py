@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_sft import manifest, report, runs
+from dist_sft import manifest, report, runs, verify_resume
 from dist_sft.cli import main
 from dist_sft.pieces import Reader
 from dist_sft.watchdog import FOLDER
@@ -367,6 +367,32 @@ def test_a_stopped_rank_is_found_and_the_run_started_again(
     assert "most recent call first" in read(run_dir / "logs/attempt-0/rank-0.log")
     assert runs.attempts(run_dir) == [0, 1]
     assert [x["step"] for x in report.read_steps(run_dir / "metrics.jsonl")] == list(range(1, 61))
+
+
+def test_exact_resume_is_proved_on_a_recipe_of_ones_own(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(recipe, tmp_path / "run")
+    arguments = ["verify-resume", str(path), "--workers", "2"]
+    assert main([*arguments, "--steps", "3", "--kill-at", "3"]) == 2
+    assert "--kill-at: got 3; allowed: 1 to 2" in capsys.readouterr().err
+    assert main([*arguments, "--steps", "40", "--kill-at", "2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"killed, with a checkpoint of step \d+; going on", out)
+    assert "bit-identical: 40 losses, " in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_difference_is_no_exact_resume(
+    finished: tuple[Path, Path, str], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "run"
+    code, out, err = run(write(recipe, other), "seed=1", "deepspeed=null", workers=1)
+    assert code == 0, out + err
+    assert verify_resume.compare(finished[1], finished[1], 7).equal
+    verdict = verify_resume.compare(finished[1], other, 7)
+    assert not verdict.equal
+    assert verdict.told.startswith("NOT bit-identical: losses differ by up to ")
 
 
 def test_best_by_clock_and_without_saving_on_a_stop(recipe: dict[str, Any], tmp_path: Path) -> None:
