@@ -180,6 +180,14 @@ def _export(options: argparse.Namespace) -> None:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"OUT: {options.out} exists already; give a new folder")
     step, folder = list(_checkpoints(options).items())[-1]
+    from dist_sft.manifest import check_all
+
+    _, wrong = check_all(folder)
+    if wrong:
+        raise UserError(
+            f"the checkpoint of step {step} is damaged: {wrong[0]}\nExport another one with "
+            f"--step; `dist-sft verify {options.run_dir}` checks them all"
+        )
     from dist_sft.export import export
     from dist_sft.model import DTYPES
 
@@ -291,9 +299,12 @@ def _add_stop(commands: Any) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
+    from dist_sft.lease import read
     from dist_sft.runs import read_launch
 
     read_launch(options.run_dir)  # or it is no run folder
+    if read(options.run_dir) is None:
+        raise UserError(f"nobody works on {options.run_dir}: there is nothing to stop")
     (options.run_dir / "STOP").touch()
     print(f"{options.run_dir} stops after its step; `dist-sft status {options.run_dir}` tells")
 

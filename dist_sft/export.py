@@ -56,7 +56,13 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
     reader = Reader(checkpoint)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / "model", temporary)
+    temporary.mkdir(parents=True)
+    for source in sorted((checkpoint / "model").rglob("*")):  # not their modes: it is for others
+        target = temporary / source.relative_to(checkpoint / "model")
+        if source.is_dir():
+            target.mkdir()
+        else:
+            shutil.copyfile(source, target)
     _set_dtype(temporary / "config.json", dtype)
     buffers = {}
     if (temporary / BUFFERS).exists():

@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
+        if not options.prepare and runs.is_finished(Path(recipe.run_dir)):
+            print(f"{recipe.run_dir} is finished already; for another run give another run_dir")
+            return runs.FINISHED
         if not options.prepare:
             lease.wait_until_free(Path(recipe.run_dir))
         told = {
@@ -80,9 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_dir = runs.create(recipe, launch)
         if options.prepare:
             print(f"prepared {run_dir}")
-            return runs.FINISHED
-        if runs.is_finished(run_dir):
-            print(f"{run_dir} is finished already; for another run give another run_dir")
             return runs.FINISHED
         (run_dir / "STOP").unlink(missing_ok=True)
         return run_until_it_ends(run_dir, options.restarts)

@@ -143,8 +143,10 @@ def read_launch(run_dir: Path) -> Launch:
     path = run_dir / "launch.json"
     try:
         return Launch(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: prepare the run with a launcher") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} is missing: {run_dir} is no run folder, or not prepared by a launcher yet"
+        ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}; launch or prepare the run again") from None
 

@@ -16,7 +16,7 @@ def status(run_dir: Path) -> list[str]:
         f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "
         f"{launch.workers_per_node}",
         f"owner: {_owner(run_dir)}",
-        *_attempts(run_dir),
+        *_attempts(run_dir, lease.read(run_dir)),
         _progress(run_dir),
         _checkpoints(run_dir),
     ]
@@ -30,11 +30,13 @@ def _owner(run_dir: Path) -> str:
     return f"{held.owner}, attempt {held.attempt}, last sign of life {max(0.0, age):.0f} s ago"
 
 
-def _attempts(run_dir: Path) -> list[str]:
+def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:
     lines = []
     for attempt in runs.attempts(run_dir):
         outcome = runs.read_outcome(run_dir, attempt)
-        how = "no outcome: it runs, or was killed"
+        how = "no outcome: it was killed"
+        if held is not None and held.attempt == attempt:
+            how = "works, if its owner is alive"
         if outcome is not None:
             how = f"exit code {outcome.code}, {outcome.reason.splitlines()[0]}"
         lines.append(f"attempt {attempt}: {how}")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_tokenizers import byte_level
 
-from dist_sft import cli, data, mask_picture, plan_report, totals
+from dist_sft import cli, data, manifest, mask_picture, plan_report, totals
 from dist_sft.config import Optimizer, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.look import (
@@ -557,7 +557,9 @@ def test_milestones_of_the_learning_rate(settings: Optimizer, text: str) -> None
 def run_dir(recipe: Path) -> Path:
     folder = recipe.parent / "run"
     for step in (3, 6):
-        (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        checkpoint = manifest.folder_of(folder, step)
+        checkpoint.mkdir(parents=True)
+        manifest.write(checkpoint, {"format": manifest.FORMAT, "files": {}})
     (folder / "config.json").write_text(read_recipe(recipe).to_json(), encoding="utf-8")
     return folder
 

@@ -301,6 +301,9 @@ def test_a_finished_run_says_so(setup: Setup, capsys: pytest.CaptureFixture[str]
         f"{setup.run_dir} is finished already; for another run give another run_dir\n"
     )
     assert runs.attempts(setup.run_dir) == [0]
+    before = {path: path.read_bytes() for path in setup.run_dir.glob("*.json*")}
+    assert setup.launch("seed=3", "--allow-change", "seed") == runs.FINISHED
+    assert {path: path.read_bytes() for path in setup.run_dir.glob("*.json*")} == before
 
 
 def test_a_dry_run_refuses_it_too(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
@@ -769,7 +772,7 @@ def test_node_runs_no_attempt_twice_and_none_that_nobody_claimed(
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
-        (None, "is missing: prepare the run with a launcher"),
+        (None, "is no run folder, or not prepared by a launcher yet"),
         ("{", "is damaged: "),
         ('{"launcher": "local"}', "launch or prepare the run again"),
         (json.dumps(vars(launched(nodes=2))), "a run on 2 nodes needs --attempt, the same number"),

@@ -1,5 +1,7 @@
 """Which checkpoints are kept, which is the best, and which may have been changed by others."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from dist_sft import checkpoint, manifest
 from dist_sft.cli import main
 from dist_sft.errors import UserError
+from dist_sft.runs import Launch
 from dist_sft.status import status
 
 
@@ -94,9 +97,17 @@ def test_what_belongs_to_others_is_not_trusted(
     assert manifest.untrusted(folder) == f"{folder} belongs to another user ({owner})"
 
 
-def test_status_and_stop_are_about_runs(tmp_path: Path) -> None:
+def test_status_and_stop_are_about_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").touch()
     for command in ("status", "stop"):
-        assert main([command, str(tmp_path)]) == 2
+        for path in (tmp_path, tmp_path / "nothing", tmp_path / "recipe.yaml"):
+            assert main([command, str(path)]) == 2
+    capsys.readouterr()
+    launch = Launch("local", 1, 1, {}, "0")
+    (tmp_path / "launch.json").write_text(json.dumps(asdict(launch)))
+    assert main(["stop", str(tmp_path)]) == 2
+    assert "nobody works on" in capsys.readouterr().err
+    (tmp_path / "launch.json").unlink()
     assert not (tmp_path / "STOP").exists()
-    with pytest.raises(UserError, match="prepare the run with a launcher"):
+    with pytest.raises(UserError, match="is no run folder, or not prepared"):
         status(tmp_path)

@@ -110,7 +110,9 @@ def test_the_run_folder_is_complete(finished: tuple[Path, Path, str]) -> None:
 
 def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str]) -> None:
     _, run_dir, _ = finished
-    assert len({path.stat().st_mode for path in (run_dir / "model").iterdir()}) == 1
+    (tmp := run_dir.parent / "mode").touch()
+    modes = {path.stat().st_mode for path in (run_dir / "model").iterdir()}
+    assert modes == {tmp.stat().st_mode}, "as any new file, unlike a checkpoint's"
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     reader = Reader(manifest.folder_of(run_dir, 7))
     names = dict(model.named_parameters())
@@ -225,6 +227,8 @@ def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(
     newest, older = manifest.folder_of(run_dir, 7), manifest.folder_of(run_dir, 6)
     flip(newest / "rank-00001.safetensors")
     assert main(["verify", str(run_dir)]) == 1
+    assert main(["export", str(run_dir), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
     assert main(["verify", str(run_dir), "--step", "6"]) == 0
 
     code, out, err = run(path)
