@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -595,8 +596,9 @@ def test_exports_that_cannot_be_are_refused(shown: Any, run_dir: Path, tmp_path:
     message = shown("export", run_dir, out, "--step", 4, code=2)
     assert "--step: got 4; allowed: best, or one of the checkpoints [3, 6]" in message
     assert "exists already" in shown("export", run_dir, run_dir, code=2)
-    for folder in (run_dir / "checkpoints").iterdir():
-        folder.rmdir()
+    (manifest.folder_of(run_dir, 6) / manifest.NAME).write_text("{}")
+    assert "the checkpoint of step 6 is damaged: " in shown("export", run_dir, out, code=2)
+    shutil.rmtree(run_dir / "checkpoints")
     assert "has no checkpoint yet" in shown("export", run_dir, out, code=2)
 
 
