@@ -167,7 +167,8 @@ def test_the_run_folder_of_another_recipe(place: Place) -> None:
     assert err == (
         f"run_dir: {place.run_dir} belongs to a run with other settings:\n"
         "  seed: 0 -> 3\n"
-        "Give another run_dir, or the settings of that run to continue it.\n"
+        "Give another run_dir, or the settings of that run to continue it. To go on with other "
+        "mathematics on purpose, launch with --allow-change KEY for each.\n"
     )
     assert {p: p.read_bytes() for p in place.run_dir.iterdir() if p.is_file()} == before
 
