@@ -237,9 +237,9 @@ def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
     None ever lacks a part under its name.
     """
     remove_leftovers(run_dir, ".step-*.old")
-    steps = list(manifest.folders(run_dir))
+    steps, best = list(manifest.folders(run_dir)), manifest.best(run_dir)
     for step in steps[:-keep]:
-        if step != manifest.best(run_dir) and not (keep_every and step % keep_every == 0):
+        if step != best and not (keep_every and step % keep_every == 0):
             folder = manifest.folder_of(run_dir, step)
             folder.rename(folder.with_name(f".{folder.name}.old"))
     remove_leftovers(run_dir, ".step-*.old")
