@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dist_sft.digests import HashingFile, sha256
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
 from dist_sft.pieces import Reader
+from dist_sft.shards import Fragment
 
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}
 
@@ -41,67 +43,129 @@ class SupersededError(RuntimeError):
     """Report that a newer attempt works on the run: this one must not write any more."""
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    engine: Engine,
-    facts: dict[str, Any],
-    write_model: Callable[[Path], None],
-    attempt: int = 0,
-    mode: str = "private",
-) -> Path:
-    """Save the state after `step`, unless it is saved; every rank calls this together.
+class Snapshot:
+    """Keep a copy of this rank's share of the state, in memory that is used for every save."""
 
-    `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer; `mode` says
-    who may read. Raises SaveFailed on every rank where one cannot write; then nothing is left
-    behind. Raises SupersededError where a newer attempt than this one works on the run.
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def take(self, engine: Engine) -> list[Fragment]:
+        """Copy the share; what is returned stays as it is until the next call."""
+        fragments = list(shards.owned(engine))
+        elements = sum(t.numel() for f in fragments for t in f.tensors.values())
+        if self._buffer is None:
+            self._buffer = torch.empty(elements, pin_memory=torch.cuda.is_available())
+        assert len(self._buffer) == elements, "the layout has changed"
+        copied, end = [], 0
+        for fragment in fragments:
+            tensors = {}
+            for key, tensor in fragment.tensors.items():
+                start, end = end, end + tensor.numel()
+                tensors[key] = self._buffer[start:end].copy_(tensor)
+            copied.append(fragment._replace(tensors=tensors))
+        return copied
+
+
+class Saving:
+    """A checkpoint on its way: a thread writes this rank's part, `finish` commits or discards it.
+
+    Ranks meet when they make it and in `finish`, which every rank calls together, not in between.
     """
-    rank = dist.get_rank()
-    final = manifest.folder_of(run_dir, step)
-    # One rank looks: file systems may show ranks different things, and all must do the same.
-    if world.from_rank_0(final.exists() if rank == 0 else None):
-        return final
-    temporary = final.with_name(f".{final.name}.attempt-{attempt}.tmp")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    written: dict[str, Any] = {}
-    failure = None
-    try:
-        temporary.mkdir(MODES["private"], parents=True, exist_ok=True)
-        file = f"rank-{rank:05d}.safetensors"
-        written[file] = _write_state(temporary / file, engine)
-        if rank == 0:
-            write_model(temporary / "model")
-            written |= _describe_files(temporary, "model")
-    except Exception as error:  # a rank that left here would let the others wait for its vote
-        failure = f"rank {rank}: {error}"
-    # What every rank has written is also its vote.
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (failure, written))
-    failures = [said for said, _ in everyone if said]
-    superseded = rank == 0 and _newest_attempt(run_dir) > attempt
-    if rank == 0 and not failures and not superseded:
-        content = facts | {
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        engine: Engine,
+        facts: dict[str, Any],
+        write_model: Callable[[Path], None],
+        attempt: int = 0,
+        mode: str = "private",
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        """Begin to save the state after `step`.
+
+        `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer; `mode`
+        says who may read. Without a `snapshot`, the state must not change before `finish`.
+        """
+        self._run_dir, self._attempt, self._mode = run_dir, attempt, mode
+        self.step = step
+        self.final = manifest.folder_of(run_dir, step)
+        self._temporary = self.final.with_name(f".{self.final.name}.attempt-{attempt}.tmp")
+        self._content = facts | {
             "format": manifest.FORMAT,
             "step": step,
             "world_size": dist.get_world_size(),
             "optimizer_steps": shards.optimizer_steps(engine),
             "shapes": shards.parameter_shapes(engine),
-            "files": {name: entry for _, part in everyone for name, entry in part.items()},
         }
+        self._written: dict[str, Any] = {}
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        rank_0 = dist.get_rank() == 0
+        # One rank looks: file systems may show ranks different things, and all must do the same.
+        self.is_there = bool(world.from_rank_0(self.final.exists() if rank_0 else None))
+        """The step is saved already; nothing is done."""
+        if self.is_there:
+            return
+        if rank_0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._fragments = snapshot.take(engine) if snapshot else list(shards.owned(engine))
+        self._write_model = write_model
+        dist.barrier()
+        self._thread.start()
+
+    @property
+    def is_written(self) -> bool:
+        """Tell whether this rank has written its part, or failed to."""
+        return not self._thread.is_alive()
+
+    def _write(self) -> None:
+        rank = dist.get_rank()
         try:
-            _commit(temporary, final, content, MODES[mode])
-        except OSError as error:
-            failures = [f"rank 0: {error}"]
-    failures, superseded = world.from_rank_0((failures, superseded))
-    if rank == 0 and (failures or superseded):
-        shutil.rmtree(temporary, ignore_errors=True)
-    if superseded:
-        raise SupersededError(f"a newer attempt works on {run_dir}; attempt {attempt} ends unsaved")
-    if failures:
-        raise SaveFailed(f"the checkpoint of step {step} cannot be saved: {'; '.join(failures)}")
-    return final
+            self._temporary.mkdir(MODES["private"], parents=True, exist_ok=True)
+            file = f"rank-{rank:05d}.safetensors"
+            self._written[file] = _write_state(self._temporary / file, self._fragments)
+            if rank == 0:
+                self._write_model(self._temporary / "model")
+                self._written |= _describe_files(self._temporary, "model")
+        except Exception as error:  # a rank that left here would let the others wait for its vote
+            self._failure = f"rank {rank}: {error}"
+
+    def finish(self) -> Path:
+        """Wait until every rank has written its part, and give the folder its name.
+
+        Raises SaveFailed on every rank where one cannot write, and nothing is left behind; raises
+        SupersededError where a newer attempt than this one works on the run.
+        """
+        if self.is_there:
+            return self.final
+        self._thread.join()
+        rank = dist.get_rank()
+        # What every rank has written is also its vote.
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self._failure, self._written))
+        failures = [said for said, _ in everyone if said]
+        superseded = rank == 0 and _newest_attempt(self._run_dir) > self._attempt
+        if rank == 0 and not failures and not superseded:
+            files = {name: entry for _, part in everyone for name, entry in part.items()}
+            content = self._content | {"files": files}
+            try:
+                _commit(self._temporary, self.final, content, MODES[self._mode])
+            except OSError as error:
+                failures = [f"rank 0: {error}"]
+        failures, superseded = world.from_rank_0((failures, superseded))
+        if rank == 0 and (failures or superseded):
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        if superseded:
+            raise SupersededError(
+                f"a newer attempt works on {self._run_dir}; attempt {self._attempt} ends unsaved"
+            )
+        if failures:
+            raise SaveFailed(
+                f"the checkpoint of step {self.step} cannot be saved: {'; '.join(failures)}"
+            )
+        return self.final
 
 
 def _newest_attempt(run_dir: Path) -> int:
@@ -118,7 +182,7 @@ def _commit(temporary: Path, final: Path, content: dict[str, Any], mode: int) ->
     once.sync(final.parent)
 
 
-def _write_state(path: Path, engine: Engine) -> dict[str, Any]:
+def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     """Write this rank's share as safetensors, a tensor at a time; return its manifest entry.
 
     The format: 8 bytes with the header's length, a JSON header, then the tensors' bytes
@@ -128,7 +192,7 @@ def _write_state(path: Path, engine: Engine) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     end = 0
-    for fragment in shards.owned(engine):
+    for fragment in fragments:
         pieces.append((fragment.name, fragment.start, len(fragment.tensors["fp32"])))
         for key, tensor in fragment.tensors.items():
             assert tensor.dtype == torch.float32, (fragment.name, key, tensor.dtype)

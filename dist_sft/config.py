@@ -50,6 +50,8 @@ MAY_CHANGE = frozenset(
         "data.cache_dir",
         "deepspeed",
         "train.tokens_per_micro_batch",
+        "train.on_divergence",
+        "train.max_skipped_steps",
         "model.gradient_checkpointing",
         "checkpoint",
         "eval.every",
@@ -167,6 +169,12 @@ class Train(Section):
     packing: Literal["auto", "on", "off"] = "auto"
     """Rows without padding, isolated from each other. auto falls back to padding where the
     model fails the isolation proof; on stops instead."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """When loss or gradient is not finite: stop; leave up to `max_skipped_steps` steps in a row
+    out, then stop; or, after these, go back to the newest good checkpoint, go on behind the batch,
+    and stop where that brings the run no further than this."""
+    max_skipped_steps: Count = 3
+    """How many steps in a row skip and rollback leave out."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -217,6 +225,9 @@ class Checkpoint(Section):
     """How many of the newest checkpoints stay on disk; the best by evaluation loss stays, too."""
     keep_every: Positive | None = None
     """Checkpoints of steps that this divides stay for good."""
+    asynchronous: bool = True
+    """Copy the state and write it while training goes on: 12 bytes of CPU memory per parameter,
+    divided by the ranks. false: training waits until it is written."""
     on_stop: bool = True
     """Save when asked to stop; false leaves at once, and the next launch repeats some steps."""
     mode: Literal["private", "group", "all"] = "private"

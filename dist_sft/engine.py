@@ -9,6 +9,7 @@ clip at 1.0) is dealt with here and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -61,11 +62,17 @@ class Engine(Protocol):
         """
 
     @property
-    def skipped(self) -> bool:
-        """Tell whether the last step was left out, as float16's loss scale was too high."""
+    def overflowed(self) -> bool:
+        """Tell whether float16's loss scale was too high for the last step."""
 
     def step(self) -> float:
-        """Clip, update the weights, clear the gradient; return the gradient's norm before it."""
+        """Clip, update the weights, clear the gradient; return the gradient's norm before it.
+
+        Weights and moments stay as they are where the norm is not finite.
+        """
+
+    def close(self) -> None:
+        """Let go of the process group; call this before it is destroyed."""
 
 
 class ZeroEngine:
@@ -92,10 +99,17 @@ class ZeroEngine:
 
     def step(self) -> float:
         self.deepspeed.step()
+        if self.optimizer.overflow and hasattr(self.optimizer, "averaged_gradients"):
+            # With an offloaded optimizer, ZeRO 1 and 2 would add the next gradient to this one.
+            for group in self.optimizer.averaged_gradients:
+                self.optimizer.averaged_gradients[group] = None
         return float(self.deepspeed.get_global_grad_norm())
 
+    def close(self) -> None:
+        pass
+
     @property
-    def skipped(self) -> bool:
+    def overflowed(self) -> bool:
         # DeepSpeed calls it overflow in every dtype; only with a loss scale does it pass by itself.
         return bool(self.deepspeed.fp16_enabled() and self.optimizer.overflow)
 
@@ -125,13 +139,20 @@ class DataParallelEngine:
         (loss_sum * (self._accelerator.num_processes / supervised_tokens)).backward()
 
     def step(self) -> float:
-        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
-        self.optimizer.step()
+        norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._clip))
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
+
+    def close(self) -> None:
+        # As the last to hold the process group, DistributedDataParallel would end gloo's threads
+        # without letting them have Python's lock, which they may wait for: a rank that never ends.
+        del self._model
+        self._accelerator.free_memory()
 
     @property
-    def skipped(self) -> bool:
+    def overflowed(self) -> bool:
         return False
 
 

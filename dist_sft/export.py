@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dist_sft.pieces import Reader
@@ -24,12 +25,13 @@ def write_model_files(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
     chat_template: str | None,
+    buffers: dict[str, Tensor],
 ) -> None:
     """Write everything of a Hugging Face folder but the trained parameters.
 
     Generation will stop at `stop_ids`, the end tokens of the template that was learned; the
     tokenizer will ask in its words, `chat_template`, or as it does already where that is None.
-    Buffers that belong to the weights (they are equal on all ranks) go into a file of their own.
+    `buffers` (see `persistent_buffers`) go into a file of their own.
     """
     model.config.save_pretrained(folder)
     generation = deepcopy(model.generation_config) or GenerationConfig()
@@ -41,11 +43,15 @@ def write_model_files(
         tokenizer = copy(tokenizer)  # the caller's keeps its own
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = model.state_dict()
-    buffers = {name: state[name].cpu() for name in state if name not in parameters}
     if buffers:
         save_file(buffers, folder / BUFFERS)
+
+
+def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return copies of the buffers that belong to the weights; they are equal on all ranks."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict()
+    return {name: state[name].cpu().clone() for name in state if name not in parameters}
 
 
 def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:

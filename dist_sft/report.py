@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dist_sft.rollback import read_rollbacks
+
 Line = dict[str, Any]
 
 
@@ -18,16 +20,22 @@ def read_steps(metrics: Path) -> list[Line]:
 
     A step that was computed again after a crash appears twice; the last line of the last attempt
     counts, whatever an older one that was left alive still writes. Half a line, which a killed
-    attempt may leave, is passed over.
+    attempt may leave, is passed over, and so are steps that taught nothing: they were left out as
+    they were not finite, or the run went back over them.
     """
     steps: dict[int, Line] = {}
+    rollbacks = read_rollbacks(metrics.parent)
     for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text)
             known = steps.get(line["step"], line)
             if "event" not in line and line["attempt"] >= known["attempt"]:
                 steps[line["step"]] = line
-    return [steps[number] for number in sorted(steps)]
+    return [
+        line
+        for number, line in sorted(steps.items())
+        if line["loss"] is not None and not any(back.covers(number) for back in rollbacks)
+    ]
 
 
 def draw_loss(steps: Sequence[Line], picture: Path) -> None:

@@ -17,16 +17,8 @@ from dist_sft.batches import Batch, Feeder
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
 from dist_sft.metrics import Clock
-from dist_sft.stopping import StopFlag
-from dist_sft.store import Dataset
-from dist_sft.world import gather
 
-MAX_SKIPPED = 15  # steps in a row; the loss scale is halved in each, and is 65536 at first
 EVAL_EXAMPLES = 1024  # how many are laid out over the ranks at once
-
-
-class Diverged(RuntimeError):
-    """Report a loss or gradient that is not finite."""
 
 
 class Agreed(NamedTuple):
@@ -40,19 +32,27 @@ class Agreed(NamedTuple):
     """Some rank was asked to stop."""
     saving: bool
     """Rank 0's clock asks for a checkpoint after the step."""
+    written: bool
+    """Every rank has written its part of the checkpoint that is under way."""
 
 
 def agree_on_step(
-    batches: list[Batch], stop: StopFlag, device: torch.device, *, save_is_due: bool = False
+    batches: list[Batch],
+    device: torch.device,
+    *,
+    stopping: bool = False,
+    saving: bool = False,
+    written: bool = False,
 ) -> Agreed:
-    """Add up the tokens of the global batch, and learn whether any rank wants to stop or save."""
+    """Add up the tokens of the global batch, and learn what the other ranks want or have done."""
     targets = sum(len(batch.targets) for batch in batches)
     computed = sum(batch.computed for batch in batches)
-    mine = [targets, computed, stop.reason is not None, save_is_due]
+    mine = [targets, computed, stopping, saving, written]
     numbers = torch.tensor(mine, dtype=torch.int64, device=device)
     dist.all_reduce(numbers)
-    supervised, computed, stopping, saving = numbers.tolist()
-    return Agreed(max(1, supervised), computed, stopping > 0, saving > 0)
+    supervised, computed, *votes = numbers.tolist()
+    everyone = dist.get_world_size()
+    return Agreed(max(1, supervised), computed, votes[0] > 0, votes[1] > 0, votes[2] == everyone)
 
 
 def run_micro_batches(
@@ -76,9 +76,18 @@ def run_micro_batches(
             with clock("forward"):
                 loss_sum = token_loss(engine, batch)
             with clock("backward"):
-                engine.backward(loss_sum, supervised)
+                engine.backward(loss_sum * _poison(loss_sum), supervised)
         losses.append(loss_sum.detach().float())
     return losses
+
+
+def _poison(loss_sum: Tensor) -> Tensor:
+    """Return 1, or NaN for a loss that is not finite.
+
+    Its gradient need not be infinite, too; this way no engine takes it for one to learn from, and
+    nothing has to be read from the device in the middle of a step.
+    """
+    return torch.where(torch.isfinite(loss_sum.detach()), 1.0, math.nan)
 
 
 def token_loss(engine: Engine, batch: Batch) -> Tensor:
@@ -97,20 +106,21 @@ def token_loss(engine: Engine, batch: Batch) -> Tensor:
 def evaluate(
     engine: Engine,
     feeder: Feeder,
-    stop: StopFlag,
+    agree: Callable[[list[Batch]], Agreed],
     device: torch.device,
     beat: Callable[[str], None] = lambda phase: None,
 ) -> float | None:
     """Return the mean loss per supervised token over a whole evaluation set; None on a stop.
 
-    `beat` is called with the name of the phase for every micro-batch.
+    `agree` is `agree_on_step` with what this rank has to say; `beat` is called with the name of the
+    phase for every micro-batch.
     """
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     stopping = False
     with torch.no_grad():
         for batches in feeder.all_in_order(EVAL_EXAMPLES):
-            stopping = agree_on_step(batches, stop, device).stopping
+            stopping = agree(batches).stopping
             if stopping:
                 break
             for number, batch in enumerate(batches):
@@ -162,51 +172,3 @@ def _memory_advice(batch: Batch | None, number: int) -> tuple[str, str]:
     else:
         advice = f"it is a single row: try data.max_length: {batch.tokens // 2} in a new run_dir"
     return where, f"{advice}, or model.gradient_checkpointing: true"
-
-
-def check_finite(
-    value: float,
-    step: int,
-    batches: Sequence[Batch],
-    losses: Sequence[Tensor],
-    dataset: Dataset,
-) -> None:
-    """Raise Diverged on every rank, naming the rows of all ranks, for a value that is not finite.
-
-    `value`, the loss or the norm of the gradient, is equal on all ranks.
-    """
-    if not math.isfinite(value):
-        bad = gather(rows_of_bad_losses(batches, losses, dataset))
-        raise Diverged(explain_divergence(value, step, bad))
-
-
-def check_skipped(in_a_row: int, step: int) -> None:
-    """Raise Diverged where float16's loss scale has found no step to take for too long."""
-    if in_a_row >= MAX_SKIPPED:
-        raise Diverged(
-            f"steps {step - in_a_row + 1} to {step} were all skipped: gradients overflow float16 "
-            "however small the loss scale is made. Use model.dtype: bfloat16"
-        )
-
-
-def rows_of_bad_losses(
-    batches: Sequence[Batch], losses: Sequence[Tensor], dataset: Dataset
-) -> list[str]:
-    """Name the rows of every micro-batch on this rank whose loss is not finite."""
-    return [
-        f"{name} row {row}"
-        for batch, loss in zip(batches, losses, strict=True)
-        if not torch.isfinite(loss)
-        for name, row in (dataset.locate(int(number)) for number in batch.samples)
-    ]
-
-
-def explain_divergence(value: float, step: int, bad: Sequence[str]) -> str:
-    """Say where a loss or gradient norm stopped being finite, and what people do about it."""
-    what = "loss" if bad else "loss or gradient norm"
-    where = f"; the micro-batches of these rows: {', '.join(bad[:20])}" if bad else ""
-    return (
-        f"the {what} is {value} in step {step}{where}. The step was not saved. Look at the rows "
-        f"with `dist-sft plan RECIPE --step {step}` and `dist-sft inspect RECIPE --row N`; lower "
-        "optimizer.lr, lengthen optimizer.warmup_steps, or set optimizer.clip"
-    )

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from dist_sft import attention, checkpoint, data, hub, manifest, report, runs, world
-from dist_sft.batches import Feeder
+from dist_sft.batches import Batch, Feeder
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
+from dist_sft.divergence import ADVICE, Diverged, Guard, name_rows
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
 from dist_sft.errors import UserError
 from dist_sft.export import export, write_model_files
@@ -39,11 +40,12 @@ from dist_sft.model import check_positions, fit_vocabulary, load_model, resolve_
 from dist_sft.optim import learning_rate
 from dist_sft.plan import summarize
 from dist_sft.prepare import prepare_once
+from dist_sft.rollback import Rollback, read_rollbacks, record_rollback
 from dist_sft.runs import Outcome
+from dist_sft.saving import Saver
 from dist_sft.step import (
+    Agreed,
     agree_on_step,
-    check_finite,
-    check_skipped,
     evaluate,
     explaining_memory,
     run_micro_batches,
@@ -108,6 +110,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             console.say(f"the tokenizer knows {added} more tokens than the model: embeddings added")
         flops = FlopCounter(model)
         engine = make_engine(accelerator, model, recipe)
+        stack.push(lambda kind, *_: engine.close() if kind is None else None)
         packed = choose_packing(engine, recipe.train.packing, place.device, dtype, console)
 
         # 5. The plan: which samples make up every step. Continue where the run was.
@@ -129,18 +132,22 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
             "code": launch.revision,
         }
-        keeping = recipe.checkpoint
         if place.rank == 0:
             checkpoint.remove_leftovers(run_dir)
-        done = restore_newest(
-            run_dir,
-            engine,
-            facts,
-            keeping.verify,
-            console,
-            trusting=bool(launch.options.get("trust_checkpoint")),
-            allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
-        )
+
+        def restore() -> int:
+            """Load the newest good checkpoint, if there is one; return the step to go on from."""
+            return restore_newest(
+                run_dir,
+                engine,
+                facts,
+                recipe.checkpoint.verify,
+                console,
+                trusting=bool(launch.options.get("trust_checkpoint")),
+                allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
+            )
+
+        done = restore()
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -156,38 +163,33 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             chat_template=words.template.chat_template,
         )
 
-        saved_at = time.monotonic()
+        saver = Saver(
+            run_dir, attempt, engine, facts, write_model, recipe.checkpoint,
+            say=console.say, beat=heart.beat, metrics=metrics,
+        )  # fmt: skip
 
-        def save(step: int, evaluated: dict[str, float] | None = None) -> bool:
-            """Save and prune; a checkpoint that cannot be written does not end the run."""
-            nonlocal saved_at
-            saved_at = time.monotonic()
-            heart.beat("saving")
-            known = facts | {"eval_loss": evaluated or None}
-            try:
-                checkpoint.save(run_dir, step, engine, known, write_model, attempt, keeping.mode)
-            except checkpoint.SaveFailed as error:
-                console.say(f"NOT SAVED: {error}")
-                if metrics:
-                    metrics.write(step=step, event="checkpoint_failed", reason=str(error))
-                return False
-            if place.rank == 0:
-                try:
-                    checkpoint.prune(run_dir, keeping.keep, keeping.keep_every)
-                except OSError as error:
-                    console.say(f"old checkpoints cannot be removed: {error}")
-            return True
-
-        def save_is_due() -> bool:
-            """Tell on rank 0, whose clock counts, whether the last checkpoint is too long ago."""
-            seconds = time.monotonic() - saved_at
-            return place.rank == 0 and seconds >= 60 * (keeping.minutes or math.inf)
+        def agree(batches: list[Batch]) -> Agreed:
+            """Agree on a step, or on a part of an evaluation; finish a checkpoint in passing."""
+            agreed = agree_on_step(
+                batches,
+                place.device,
+                stopping=stop.reason is not None,
+                saving=saver.is_due,
+                written=saver.is_written,
+            )
+            if agreed.written:
+                saver.finish()
+            return agreed
 
         def stopped(step: int) -> Outcome:
-            if not keeping.on_stop:
+            lost = ""
+            if not recipe.checkpoint.on_stop:
+                saver.finish()
                 lost = ", which is not saved (checkpoint.on_stop: false): older ones are"
             else:
-                lost = "" if save(step) else ", which is not saved (see the log): older ones are"
+                saver.save(step)
+                if not saver.finish():
+                    lost = ", which is not saved (see the log): older ones are"
             by = stop.reason or "another rank"
             return Outcome(runs.STOPPED, f"stopped by {by} after step {step}{lost}", step)
 
@@ -195,7 +197,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             """Return the loss of every evaluation set by name; None where a stop cut it short."""
             losses = {}
             for name, held_out in eval_feeders.items():
-                value = evaluate(engine, held_out, stop, place.device, heart.beat)
+                value = evaluate(engine, held_out, agree, place.device, heart.beat)
                 if value is None:
                     return None
                 losses[name] = value
@@ -219,7 +221,25 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         )
         console.start(total, done)
         clock = Clock(place.device, heart.beat)
-        skipped = 0  # steps in a row
+        guard = Guard(recipe.train.on_divergence, recipe.train.max_skipped_steps)
+        rollbacks: list[Rollback] = world.from_rank_0(
+            read_rollbacks(run_dir) if place.rank == 0 else None
+        )
+
+        def roll_back(step: int, reason: str) -> None:
+            """Go back to the newest checkpoint; the steps up to this one count for nothing."""
+            saver.finish()
+            target = checkpoint.newest_good(run_dir, recipe.checkpoint.verify, console.say)
+            if target is None:
+                raise Diverged(f"{reason}; there is no checkpoint to go back to. {ADVICE}")
+            in_vain = rollbacks and rollbacks[-1].checkpoint == target
+            if in_vain and step - rollbacks[-1].step == recipe.train.max_skipped_steps + 1:
+                raise Diverged(f"{reason}; going back to step {target} has not helped. {ADVICE}")
+            rollbacks.append(Rollback(target, step))
+            if place.rank == 0:
+                record_rollback(run_dir, rollbacks[-1], attempt, reason)
+            checkpoint.restore(manifest.folder_of(run_dir, target), engine)
+            console.say(f"went back to step {target}; steps {target + 1} to {step} do not count")
 
         # 6. The loop. Everything about a step follows from its number.
         owed = evaluation_owed(run_dir, done, total, recipe) if eval_feeders else None
@@ -228,50 +248,62 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             if evaluated is None:
                 return stopped(done)
             tell(owed | {"eval_loss": evaluated})
-        saved = done == total
+        evaluated = {}
         for step in range(done + 1, total + 1):
+            if any(rollback.covers(step) for rollback in rollbacks):
+                continue
             began = time.perf_counter()
             heart.step = step
             with clock("data"):
                 samples = plan.samples(step)
                 batches = feeder.micro_batches(samples)
             with clock("waiting"):
-                supervised, computed, stopping, saving = agree_on_step(
-                    batches, stop, place.device, save_is_due=save_is_due()
-                )
-            if stopping:
+                agreed = agree(batches)
+            if agreed.stopping:
                 return stopped(step - 1)
 
             profiled = place.rank == 0 and (step == done + 3 or step % PROFILED_EVERY == 0)
             with Collectives(place.device) if profiled else nullcontext() as collectives:
                 where = (recipe.seed, step, place.rank)
-                losses = run_micro_batches(engine, batches, supervised, clock, where)
-                loss = summed(losses, place.device) / supervised
-                check_finite(loss, step, batches, losses, train_set)
+                losses = run_micro_batches(engine, batches, agreed.supervised, clock, where)
+                loss = summed(losses, place.device) / agreed.supervised
                 rate = learning_rate(step, total, recipe.optimizer)
                 set_learning_rate(engine, rate)
                 with clock("optimizer"), explaining_memory():
                     grad_norm = engine.step()
-                skipped = skipped + 1 if engine.skipped else 0
-                check_skipped(skipped, step)
-                if not skipped:
-                    check_finite(grad_norm, step, batches, losses, train_set)
             seconds = time.perf_counter() - began
+            try:
+                verdict, reason = guard.judge(
+                    step,
+                    loss,
+                    grad_norm,
+                    overflowed=engine.overflowed,
+                    name_rows=partial(name_rows, batches, losses, train_set),
+                )
+                if verdict == "rollback":
+                    roll_back(step, reason)
+                if verdict != "taken":
+                    console.say(f"step {step} {verdict}: {reason}")
+                    if metrics:
+                        metrics.write(step=step, event=f"step_{verdict}", reason=reason)
+            except Diverged:
+                saver.finish()
+                raise
 
             # 7. Evaluate, tell, save.
             lengths = train_set.lengths[samples]
             line: dict[str, Any] = {
                 "step": step,
-                "loss": loss,
+                "loss": finite(loss),
                 "lr": rate,
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # a skipped step
+                "grad_norm": finite(grad_norm),
                 "examples": len(samples),
                 "tokens": int(lengths.sum()),
-                "supervised_tokens": supervised,
-                "computed_tokens": computed,
+                "supervised_tokens": agreed.supervised,
+                "computed_tokens": agreed.computed,
                 "seconds": seconds,
                 "phases": clock.read(),
-                "share_of_peak": flops(lengths, supervised) / seconds / peak / place.world,
+                "share_of_peak": flops(lengths, agreed.supervised) / seconds / peak / place.world,
                 "peak_memory_bytes": peak_memory_bytes(place.device),
             }
             if collectives:
@@ -280,13 +312,15 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             tell(line | ({"eval_loss": evaluated} if evaluated else {}))
             if evaluated is None:
                 return stopped(step)
-            if step == total or saving or is_due(step, keeping.every):
-                saved = save(step, evaluated)
+            due = agreed.saving or is_due(step, recipe.checkpoint.every)
+            if due and step < total and verdict == "taken":
+                saver.save(step, evaluated)
+        saver.save(total, evaluated)
 
         # 8. The end: a last checkpoint, a model that others can load, a picture of the loss.
         console.close()
         heart.beat("exporting")
-        if not saved:
+        if not saver.finish():
             raise RuntimeError(
                 "the last checkpoint cannot be saved; make room, and the same command continues "
                 "from the one before"
@@ -316,6 +350,11 @@ def evaluation_owed(run_dir: Path, done: int, total: int, recipe: Recipe) -> rep
         del line["attempt"]
     owed: report.Line | None = world.from_rank_0(line)
     return owed
+
+
+def finite(value: float) -> float | None:
+    """Return a number that JSON has, or None."""
+    return value if math.isfinite(value) else None
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -376,10 +415,8 @@ def restore_newest(
 
 def describe(line: dict[str, Any]) -> str:
     """Return a step's numbers for a person."""
-    text = (
-        f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
-        f"{line['tokens'] / line['seconds']:,.0f} tokens/s"
-    )
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    text = f"loss {loss}  lr {line['lr']:.2e}  {line['tokens'] / line['seconds']:,.0f} tokens/s"
     for name, loss in line.get("eval_loss", {}).items():
         text += f"  {name} {loss:.4f}"
     return text

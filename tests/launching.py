@@ -38,7 +38,8 @@ def run(recipe: Path, *overrides: str, workers: int = 2) -> tuple[int, str, str]
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    wait_until(lambda: len(read(run_dir / "metrics.jsonl").splitlines()) >= step, process)
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: read(metrics).count('"loss"') >= step, process)
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -16,11 +17,12 @@ import torch
 from launching import ROOT, SECONDS, read, run, start, wait_for_step, wait_until, write
 from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dist_sft import manifest, report, runs, verify_resume
 from dist_sft.cli import main
 from dist_sft.pieces import Reader
+from dist_sft.rollback import read_rollbacks
 from dist_sft.watchdog import FOLDER
 
 
@@ -263,12 +265,18 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     code, out, err = run(path)
     assert code == 0, out + err
     assert "NOT SAVED: the checkpoint of step 2 cannot be saved: rank 0: " in out
-    events = [
-        x for x in map(json.loads, read(run_dir / "metrics.jsonl").splitlines()) if "event" in x
-    ]
-    assert [(x["event"], x["step"]) for x in events] == [("checkpoint_failed", 2)]
+    events = events_of(run_dir)
+    assert [(x["event"], x["step"]) for x in events] == [
+        ("checkpoint_failed", 2), ("checkpoint", 4), ("checkpoint", 6), ("checkpoint", 7),
+    ]  # fmt: skip
+    assert all(0 < x["blocked_seconds"] <= x["seconds"] for x in events[1:])
     assert "rank 1: " in events[0]["reason"]
     assert list(manifest.folders(run_dir)) == [6, 7]
+
+
+def events_of(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, read(run_dir / "metrics.jsonl").splitlines())
+    return [line for line in lines if "event" in line]
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -431,3 +439,95 @@ def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) 
     assert len(set(re.findall(r"rows row \d+", err))) == 8, "of both ranks"
     assert "lower optimizer.lr" in err
     assert list(manifest.folders(tmp_path / "run")) == []
+
+
+@pytest.fixture(scope="module")
+def poisoned(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a recipe of which one row has a token whose embedding is infinite."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    tokenizer = pad_is_eos()
+    config = LlamaConfig(**recipe["model"]["config"] | {"tie_word_embeddings": False})
+    config.vocab_size = len(tokenizer)
+    (poison,) = tokenizer("毒", add_special_tokens=False).input_ids[-1:]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.model.embed_tokens.weight.data[poison] = math.inf
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [
+        {"instruction": f"Count to {n}.", "output": "one, two" * (n % 3 + 1)} for n in range(40)
+    ]
+    rows[17]["instruction"] = "毒"
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return {
+        **recipe,
+        "model": {"path": str(folder)},
+        "data": {**recipe["data"], "train": [{"path": str(folder / "rows.json")}]},
+        "train": {"batch_size": 8, "steps": 10, "packing": "off"},
+        "eval": {},
+    }
+
+
+def test_a_step_that_is_not_finite_is_left_out(poisoned: dict[str, Any], tmp_path: Path) -> None:
+    losses = []
+    for sharding in ("zero2", None):
+        run_dir = tmp_path / f"run-{sharding}"
+        path = write({**poisoned, "deepspeed": sharding}, run_dir)
+        code, out, err = run(path, "train.on_divergence=skip")
+        assert code == 0, out + err
+        skipped = [x for x in events_of(run_dir) if x["event"] == "step_skipped"]
+        assert len(skipped) == 2, "one in each epoch"
+        assert all("rows row 17" in x["reason"] for x in skipped)
+        steps = report.read_steps(run_dir / "metrics.jsonl")
+        assert [x["step"] for x in steps] == sorted(
+            set(range(1, 11)) - {x["step"] for x in skipped}
+        )
+        losses.append([x["loss"] for x in steps])
+        content = manifest.read(manifest.folder_of(run_dir, 10))
+        assert content["optimizer_steps"] == 8
+        assert f"step {skipped[0]['step']} skipped: the loss is nan" in out
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_going_back_is_recorded_and_repeated_by_later_attempts(
+    poisoned: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = (
+        "train.on_divergence=rollback", "train.max_skipped_steps=0", "checkpoint.every=2",
+        "checkpoint.keep=9", "seed=4",
+    )  # fmt: skip
+    code, out, err = run(write(poisoned, whole), *settings)
+    assert code == 0, out + err
+    first, second = read_rollbacks(whole)
+    for rollback in (first, second):
+        assert rollback.checkpoint < rollback.step
+        assert f"went back to step {rollback.checkpoint}; steps" in out
+    steps = [x["step"] for x in report.read_steps(whole / "metrics.jsonl")]
+    assert steps == [s for s in range(1, 11) if not first.covers(s) and not second.covers(s)]
+
+    # As a kill right after going back leaves it: every later checkpoint is missing.
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "logs")
+    for step in manifest.folders(whole):
+        if step > first.checkpoint:
+            shutil.rmtree(manifest.folder_of(stopped, step))
+    code, out, err = run(write(poisoned, stopped), *settings)
+    assert code == 0, out + err
+    assert f"continuing after step {first.checkpoint}" in out
+    assert read_rollbacks(stopped) == [first, second], "nothing was met a second time"
+    assert verify_resume.compare(whole, stopped, 10).equal
+
+
+def test_going_back_in_vain_ends_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    settings = (
+        "optimizer.lr=1e38", "optimizer.clip=null", "train.on_divergence=rollback",
+        "train.max_skipped_steps=1",
+    )  # fmt: skip
+    code, out, err = run(write(recipe, tmp_path / "run"), *settings, "checkpoint.every=null")
+    assert code == 1, out + err
+    assert "there is no checkpoint to go back to" in err
+    code, out, err = run(write(recipe, tmp_path / "other"), *settings, "checkpoint.every=1")
+    assert code == 1, out + err
+    assert "went back to step 1; steps 2 to 3 do not count" in out
+    assert "going back to step 1 has not helped" in err

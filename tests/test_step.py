@@ -1,7 +1,5 @@
 """Advice when a step fails, the learning rate, and the counting of operations."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -19,14 +17,7 @@ from dist_sft.config import Optimizer
 from dist_sft.errors import UserError
 from dist_sft.metrics import Clock, FlopCounter, matmul_rate
 from dist_sft.optim import build_optimizer, learning_rate
-from dist_sft.step import (
-    MAX_SKIPPED,
-    Diverged,
-    check_skipped,
-    explain_divergence,
-    rows_of_bad_losses,
-    run_micro_batches,
-)
+from dist_sft.step import run_micro_batches
 
 CPU = torch.device("cpu")
 
@@ -77,20 +68,6 @@ def test_other_errors_stay_what_they_are() -> None:
             FailingEngine(RuntimeError("shape mismatch")), [batch([1], 5)], 1, Clock(CPU)
         )
     assert not isinstance(raised.value, UserError)
-
-
-def test_divergence_names_the_rows_of_the_bad_micro_batch() -> None:
-    class Located:
-        def locate(self, number: int) -> tuple[str, int]:
-            return "alpaca", number * 10
-
-    losses = [torch.tensor(2.0), torch.tensor(math.nan)]
-    batches = [batch([1, 2], 9), batch([3, 4], 9)]
-    text = explain_divergence(math.nan, 17, rows_of_bad_losses(batches, losses, Located()))
-    assert "the loss is nan in step 17" in text
-    assert "alpaca row 30, alpaca row 40" in text
-    assert "row 10" not in text
-    assert "optimizer.lr" in text
 
 
 def test_learning_rate_follows_the_step_alone() -> None:
@@ -162,9 +139,3 @@ def test_the_clock_adds_up_and_starts_again() -> None:
 
 def test_matmul_rate_is_a_plausible_number() -> None:
     assert 1e8 < matmul_rate(CPU, torch.float32, seconds=0.05) < 1e15
-
-
-def test_a_loss_scale_that_finds_no_step_ends_the_run() -> None:
-    check_skipped(MAX_SKIPPED - 1, 30)
-    with pytest.raises(Diverged, match="steps 17 to 31 were all skipped"):
-        check_skipped(MAX_SKIPPED, 31)

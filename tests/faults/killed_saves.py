@@ -4,10 +4,10 @@ python killed_saves.py JOB.json OUT.json: see `ranks/cells.py` for the job; `sha
 cell, `every` tries only every so many places. A warm parent forks the ranks of every trial, so that
 a trial costs a second or two and not the ten that imports take.
 
-A trial: two ranks train a step, save, train another one, and save again; there a rank ends by
-SIGKILL just before its Nth write. Then two new ranks continue from what is there, to step 4. OUT
-gets, per trial, the rank, N, the place, the step that was continued from, and the final state's
-SHA-256, which must be that of a run that nobody disturbed.
+A trial: two ranks train a step, save while they train another one, and save again; there a rank
+ends by SIGKILL just before its Nth write. Then two new ranks continue from what is there, to step
+4. OUT gets, per trial, the rank, N, the place, the step that was continued from, and the SHA-256 of
+the final state, which must be that of a run that nobody disturbed.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +28,10 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
 
 import torch.distributed as dist
-from cells import Run
+from cells import Run, write_model
 from state import whole_state
 
 from dist_sft import checkpoint, digests, manifest
-from dist_sft.export import write_model_files
 
 RANKS, LAST = 2, 4
 SECONDS = 120.0
@@ -92,31 +90,25 @@ def rank_main(job: SimpleNamespace, run_dir: Path, deadly: int | None, out: Path
     dist.barrier()
     with ExitStack() as stack:
         stack.enter_context(patch.object(digests.HashingFile, "write", write))
+        snapshot, saving = checkpoint.Snapshot(), None
         for step in range(begun + 1, LAST + 1):
             run.gradient(step)
             run.update(step)
-            places.armed = step == 2
+            if saving:
+                saving.finish()
+                places.armed, saving = False, None
             if step <= 2:
-                save(run, run_dir, step)
-            places.armed = False
+                places.armed = step == 2
+                write_files = write_model(run.engine)
+                saving = checkpoint.Saving(
+                    run_dir, step, run.engine, {}, write_files, snapshot=snapshot
+                )
     digest = hashlib.sha256()
     for name, tensor in sorted(whole_state(run.engine).items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     result = {"begun": begun, "state": digest.hexdigest(), "places": places.passed, "said": said}
     out.write_text(json.dumps(result))
     dist.barrier()
-
-
-def save(run: Run, run_dir: Path, step: int) -> None:
-    no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    write_model = partial(
-        write_model_files,
-        model=run.engine.module,
-        tokenizer=no_tokenizer,
-        stop_ids=[3],
-        chat_template=None,
-    )
-    checkpoint.save(run_dir, step, run.engine, {}, write_model)
 
 
 def fork_ranks(

@@ -8,7 +8,8 @@ and `steps`.
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -23,11 +24,11 @@ from dist_sft import engine, step, train
 from dist_sft.batches import Feeder
 from dist_sft.config import Recipe, check
 from dist_sft.console import Console
+from dist_sft.export import persistent_buffers, write_model_files
 from dist_sft.metrics import Clock
 from dist_sft.model import DTYPES, load_model
 from dist_sft.optim import learning_rate
 from dist_sft.plan import Plan
-from dist_sft.stopping import StopFlag
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -62,12 +63,12 @@ class Run:
         rows, rank, world = Rows(job.rows), dist.get_rank(), dist.get_world_size()
         self.feeder = Feeder(rows, rank, world, cell.budget, packed, DEVICE)
         self.plan = Plan((len(rows),), (1.0,), job.seed, job.batch_size)
-        self._stop, self._clock = StopFlag(None), Clock(DEVICE)
+        self._agree, self._clock = partial(step.agree_on_step, device=DEVICE), Clock(DEVICE)
 
     def gradient(self, number: int) -> tuple[float, int]:
         """Compute a step's gradient; return its loss, and the micro-batches of each rank."""
         batches = self.feeder.micro_batches(self.plan.samples(number))
-        supervised = step.agree_on_step(batches, self._stop, DEVICE).supervised
+        supervised = self._agree(batches).supervised
         losses = step.run_micro_batches(self.engine, batches, supervised, self._clock)
         return step.summed(losses, DEVICE) / supervised, len(batches)
 
@@ -79,9 +80,21 @@ class Run:
         return self.engine.step()
 
     def evaluate(self) -> float:
-        value = step.evaluate(self.engine, self.feeder, self._stop, DEVICE)
+        value = step.evaluate(self.engine, self.feeder, self._agree, DEVICE)
         assert value is not None
         return value
+
+
+def write_model(engine: engine.Engine) -> Callable[[Path], None]:
+    """Return what a checkpoint wants for the files of a model: here it has no tokenizer."""
+    return partial(
+        write_model_files,
+        model=engine.module,
+        tokenizer=SimpleNamespace(save_pretrained=lambda folder: None),
+        stop_ids=[3],
+        chat_template=None,
+        buffers=persistent_buffers(engine.module),
+    )
 
 
 def _recipe(job: SimpleNamespace, cell: SimpleNamespace) -> Recipe:

@@ -1,12 +1,14 @@
 """One rank of `test_same_mathematics.py`: train many cells of the matrix in one process group.
 
 python mathematics.py JOB.json OUT.json: see `cells.py` for the job; rank 0 writes what every cell
-computed, and how far its gradients were from those in the job's `references` (model -> file).
+computed, and how far its gradients were from those in the job's `references` (model -> file). Every
+cell tries one of its steps with an infinite loss first, which must leave no trace.
 """
 
 import contextlib
 import functools
 import json
+import math
 import sys
 import time
 import traceback
@@ -22,7 +24,9 @@ from cells import Run, own_state
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 
-from dist_sft import attention, batches, engine
+from dist_sft import attention, batches, engine, step
+
+INFINITE = 6
 
 
 def train_cell(job: SimpleNamespace, cell: SimpleNamespace) -> dict[str, Any]:
@@ -30,6 +34,10 @@ def train_cell(job: SimpleNamespace, cell: SimpleNamespace) -> dict[str, Any]:
     reference = load_file(job.references[cell.model])
     curve: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "micro_batches": []}
     for number in range(1, cell.steps + 1):
+        if number == INFINITE:
+            with infinite_loss():
+                assert run.gradient(number)[0] == math.inf
+            assert not math.isfinite(run.update(number)), "the gradient's norm"
         loss, micro_batches = run.gradient(number)
         if number in job.gradient_steps:
             curve["gradients"].append(worst_difference(run.engine, reference, number))
@@ -37,6 +45,18 @@ def train_cell(job: SimpleNamespace, cell: SimpleNamespace) -> dict[str, Any]:
         curve["norms"].append(run.update(number))
         curve["micro_batches"].append(micro_batches)
     return curve | {"eval_loss": run.evaluate()}
+
+
+@contextlib.contextmanager
+def infinite_loss() -> Iterator[None]:
+    """Let one rank's losses be infinite, though their gradients are not."""
+    token_loss = step.token_loss
+
+    def infinite(*arguments: Any) -> torch.Tensor:
+        return token_loss(*arguments) + (math.inf if dist.get_rank() == 0 else 0.0)
+
+    with patch.object(step, "token_loss", infinite):
+        yield
 
 
 def worst_difference(

@@ -1,26 +1,27 @@
 """One rank of `test_checkpoint.py`: save runs, or load what others saved, in one process group.
 
 python state.py JOB.json OUT.json: see `cells.py` for the job. Each of its `tasks` has a `cell`, the
-`folder` of a run and whether to `save`. Saving trains to step SAVED, saves, exports and goes on;
-loading starts at the checkpoint and goes on. Rank 0 writes the losses of the steps after SAVED, and
-the whole state through the libraries' own functions, right after saving or loading.
+`folder` of a run and whether to `save`. Saving trains to step SAVED, saves while it goes on, and
+exports; loading starts at the checkpoint and goes on. Rank 0 writes the losses of the steps after
+SAVED, and the whole state through the libraries' own functions, as it was saved or loaded.
 """
 
+import gc
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from cells import Run, own_state
+from cells import Run, own_state, write_model
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_sft import checkpoint, manifest, shards
 from dist_sft.engine import Engine, ZeroEngine
-from dist_sft.export import export, write_model_files
+from dist_sft.export import export
 
 SAVED, LAST = 3, 5
 
@@ -50,27 +51,26 @@ def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
         for number in range(1, SAVED + 1):
             run.gradient(number)
             run.update(number)
-        no_tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-        write = partial(
-            write_model_files,
-            model=run.engine.module,
-            tokenizer=no_tokenizer,
-            stop_ids=[3],
-            chat_template=None,
+        saving = checkpoint.Saving(
+            run_dir, SAVED, run.engine, {}, write_model(run.engine), snapshot=checkpoint.Snapshot()
         )
-        checkpoint.save(run_dir, SAVED, run.engine, {}, write)
     else:
         checkpoint.restore(folder, run.engine)
     state = whole_state(run.engine)
+    losses = []
+    for number in range(SAVED + 1, LAST + 1):  # while the checkpoint is written
+        losses.append(run.gradient(number)[0])
+        run.update(number)
+    if task.save:
+        saving.finish()
     if dist.get_rank() == 0:
         save_file(state, task.state)
         if task.save:
             export(folder, run_dir / "model", torch.float32)
             export(folder, run_dir / "model-in-shards", torch.float32, shard_bytes=20_000)
-    losses = []
-    for number in range(SAVED + 1, LAST + 1):
-        losses.append(run.gradient(number)[0])
-        run.update(number)
+    run.engine.close()
+    alive = [x for x in gc.get_objects() if type(x) is DistributedDataParallel]
+    assert not alive, "it would free the process group, and could wait for ever"
     return losses
 
 
