@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,7 @@ class Saver:
         self._began = time.monotonic()  # of the last one
         self._blocked = 0.0
         self._succeeded = True
+        self._pruning = threading.Thread(target=self._prune)
 
     @property
     def is_due(self) -> bool:
@@ -105,11 +107,21 @@ class Saver:
                 blocked_seconds=self._blocked + now - began,
             )
         if dist.get_rank() == 0:
-            try:
-                checkpoint.prune(self._run_dir, self._settings.keep, self._settings.keep_every)
-            except OSError as error:
-                self._say(f"old checkpoints cannot be removed: {error}")
+            self.close()
+            self._pruning = threading.Thread(target=self._prune, name="prune", daemon=True)
+            self._pruning.start()
         return True
+
+    def close(self) -> None:
+        """Wait until old checkpoints are gone."""
+        if self._pruning.is_alive():
+            self._pruning.join()
+
+    def _prune(self) -> None:
+        try:
+            checkpoint.prune(self._run_dir, self._settings.keep, self._settings.keep_every)
+        except OSError as error:
+            self._say(f"old checkpoints cannot be removed: {error}")
 
     def _note(self, step: int, event: str, **values: Any) -> None:
         if self._metrics:

@@ -167,6 +167,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             run_dir, attempt, engine, facts, write_model, recipe.checkpoint,
             say=console.say, beat=heart.beat, metrics=metrics,
         )  # fmt: skip
+        stack.callback(saver.close)
 
         def agree(batches: list[Batch]) -> Agreed:
             """Agree on a step, or on a part of an evaluation; finish a checkpoint in passing."""
@@ -229,6 +230,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         def roll_back(step: int, reason: str) -> None:
             """Go back to the newest checkpoint; the steps up to this one count for nothing."""
             saver.finish()
+            saver.close()
             target = checkpoint.newest_good(run_dir, recipe.checkpoint.verify, console.say)
             if target is None:
                 raise Diverged(f"{reason}; there is no checkpoint to go back to. {ADVICE}")

@@ -232,8 +232,8 @@ def test_reports_every_mistake_at_once() -> None:
         ({"train__clip": 1.0}, "train.clip: unknown key (did you mean 'optimizer.clip'?)"),
         (
             {"checkpoint__xyz": 1},
-            "checkpoint.xyz: unknown key; allowed: every, minutes, keep, keep_every, on_stop, "
-            "mode, verify",
+            "checkpoint.xyz: unknown key; allowed: every, minutes, keep, keep_every, asynchronous, "
+            "on_stop, mode, verify",
         ),
         (
             {"learning_rate": 1e-4},
