@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_sft import local, node, report, runs
+from dist_sft.watchdog import DUMP_SIGNAL
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120.0
@@ -122,7 +123,11 @@ class Group:
                 resource.prlimit(int(folder.name), resource.RLIMIT_FSIZE, (hard, hard))
 
     def explain(self) -> str:
-        """Return the codes and what the ranks said last."""
+        """Return the codes and what the ranks said last, the stacks of the living included."""
+        for pid, code in zip(self.pids, self.codes(), strict=True):
+            if code is None:
+                os.kill(pid, DUMP_SIGNAL)
+        time.sleep(1.0)
         logs = sorted(runs.attempt_dir(self.run_dir, self.attempt).glob("rank-*.log"))
         said = [self.notes / "output", *logs]
         tails = [f"--- {p}\n{p.read_text(errors='replace')[-3000:]}" for p in said if p.exists()]
