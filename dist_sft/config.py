@@ -59,6 +59,8 @@ MAY_CHANGE = frozenset(
         "watchdog",
     }
 )
+LENGTH = frozenset({"train.steps", "train.epochs"})
+"""What may grow where the rate of a step does not depend on where the run ends."""
 
 
 class Section(BaseModel):
@@ -365,9 +367,22 @@ def difference(old: Recipe, new: Recipe) -> dict[str, str]:
     return dict(_changes(before, after, ""))
 
 
-def may_change(key: str) -> bool:
+def may_change(key: str, old: Recipe, new: Recipe) -> bool:
     """Tell whether a key of `difference` may differ when a run is continued."""
+    if key in LENGTH:
+        return is_longer(old, new) and not any(
+            recipe.optimizer.schedule != "constant" or recipe.optimizer.warmup_ratio
+            for recipe in (old, new)
+        )
     return any(key == setting or key.startswith(f"{setting}.") for setting in MAY_CHANGE)
+
+
+def is_longer(old: Recipe, new: Recipe) -> bool:
+    """Tell whether a recipe asks for more training; only data could compare steps with epochs."""
+    before, after = old.train, new.train
+    if before.steps is None and after.steps is None:
+        return (after.epochs or 1.0) > (before.epochs or 1.0)
+    return before.steps is not None and after.steps is not None and after.steps > before.steps
 
 
 def _changes(old: Any, new: Any, key: str) -> Iterator[tuple[str, str]]:

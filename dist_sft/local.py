@@ -62,15 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
         runs.check(recipe, options.allow_change)
+        if not options.prepare and runs.is_finished(recipe):
+            print(f"{recipe.run_dir} is finished already; for another run give another run_dir")
+            return runs.FINISHED
         mistakes = preflight.missing_paths(recipe)
         mistakes += preflight.machine_mistakes(recipe, workers, gpus)
-        if mistakes and not options.prepare and not runs.is_finished(Path(recipe.run_dir)):
+        if mistakes and not options.prepare:
             raise UserError("\n".join(mistakes))
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
-            return runs.FINISHED
-        if not options.prepare and runs.is_finished(Path(recipe.run_dir)):
-            print(f"{recipe.run_dir} is finished already; for another run give another run_dir")
             return runs.FINISHED
         if not options.prepare:
             lease.wait_until_free(Path(recipe.run_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_sft.config import Recipe, difference, may_change, read_config_json
+from dist_sft.config import (
+    LENGTH,
+    Recipe,
+    difference,
+    is_longer,
+    may_change,
+    read_config_json,
+)
 from dist_sft.errors import UserError
 
 FINISHED = 0
@@ -85,12 +93,11 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
     Raises UserError as `check` does, and for a folder that cannot be written.
     """
     run_dir = Path(recipe.run_dir)
-    allowed = launch.options.get("allow_change", ())
-    changes = check(recipe, allowed)
+    changes = check(recipe, launch.options.get("allow_change", ()))
     if changes:
         listed = [f"{key}: {change}" for key, change in changes.items()]
         what = "continues with other settings"
-        if _refused(changes, allowed):
+        if _nothing_was_learned(run_dir):
             what = "has learned nothing yet; its settings change"
         say("\n  ".join([f"{run_dir} {what}:", *listed]))
     try:
@@ -110,24 +117,29 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
 
 
 def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str, str]:
-    changes = difference(read_config_json(run_dir), recipe)
-    refused = _refused(changes, allowed)
+    old = read_config_json(run_dir)
+    changes = difference(old, recipe)
+    refused = {
+        key: change
+        for key, change in changes.items()
+        if not may_change(key, old, recipe)
+        and not any(f"{key}.".startswith(f"{name}.") for name in allowed)
+    }
     if not refused or _nothing_was_learned(run_dir):
         return changes
     listed = [f"{key}: {change}" for key, change in refused.items()]
-    raise UserError(
-        "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed])
-        + "\nGive another run_dir, or the settings of that run to continue it. To go on with other "
+    advice = (
+        "\nGive another run_dir, or the settings of that run to continue it. To go on with other "
         "mathematics on purpose, launch with --allow-change KEY for each."
     )
-
-
-def _refused(changes: dict[str, str], allowed: Sequence[str]) -> dict[str, str]:
-    return {
-        key: change
-        for key, change in changes.items()
-        if not may_change(key) and not any(f"{key}.".startswith(f"{name}.") for name in allowed)
-    }
+    if LENGTH & refused.keys():
+        advice += (
+            " More train.steps or train.epochs go through by themselves where no step depends on "
+            "the end of the run: under optimizer.schedule: constant and optimizer.warmup_ratio: 0."
+        )
+    raise UserError(
+        "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed]) + advice
+    )
 
 
 def _nothing_was_learned(run_dir: Path) -> bool:
@@ -234,11 +246,25 @@ def first_failure(run_dir: Path, attempt: int) -> tuple[int, Outcome] | None:
     return first["rank"], Outcome(first["code"], first["reason"], first["step"])
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Tell whether the newest attempt reached the end."""
-    past = attempts(run_dir)
-    outcome = read_outcome(run_dir, past[-1]) if past else None
-    return outcome is not None and outcome.code == FINISHED
+def is_finished(recipe: Recipe) -> bool:
+    """Tell whether the newest attempt reached the end, and no more than that is asked for now."""
+    run_dir = Path(recipe.run_dir)
+    newest = max(attempts(run_dir), default=-1)
+    outcome = read_outcome(run_dir, newest)
+    if outcome is None or outcome.code != FINISHED:
+        return False
+    return not (is_longer(read_config_json(run_dir), recipe) or _end_moved_after(run_dir, newest))
+
+
+def _end_moved_after(run_dir: Path, attempt: int) -> bool:
+    """Tell whether a launcher moved the end, but has not started the attempt that goes there."""
+    changes = run_dir / "changes.jsonl"
+    for line in changes.read_text(encoding="utf-8").splitlines() if changes.exists() else ():
+        with contextlib.suppress(ValueError):  # half a line, which a full disk may leave
+            change = json.loads(line)
+            if change["before_attempt"] > attempt and LENGTH & change.keys():
+                return True
+    return False
 
 
 def code_revision() -> str:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from dist_sft import zero
 from dist_sft.config import (
+    LENGTH,
     MAY_CHANGE,
     Recipe,
     Section,
@@ -303,7 +304,7 @@ def test_foreign_names_lead_to_keys_that_exist() -> None:
 
 
 def test_what_may_change_are_settings_that_exist() -> None:
-    assert settings_of(Recipe).keys() >= MAY_CHANGE
+    assert settings_of(Recipe).keys() >= MAY_CHANGE | LENGTH
 
 
 @pytest.mark.parametrize(
@@ -322,9 +323,41 @@ def test_what_may_change_are_settings_that_exist() -> None:
 )
 def test_what_may_change_includes_all_that_is_below(changes: dict[str, Any], allowed: bool) -> None:
     before = {"deepspeed": "zero2", "trackers": ["tensorboard"]}
-    keys = difference(recipe(**before), recipe(**before | changes))
+    old, new = recipe(**before), recipe(**before | changes)
+    keys = difference(old, new)
     assert keys
-    assert all(may_change(key) for key in keys) == allowed
+    assert all(may_change(key, old, new) for key in keys) == allowed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "allowed"),
+    [
+        ({"steps": 4}, {"steps": 5}, True),
+        ({"steps": 4}, {"steps": 3}, False),
+        ({"epochs": 1.0}, {"epochs": 1.5}, True),
+        ({"epochs": 2}, {"epochs": 1}, False),
+        ({}, {"epochs": 2}, True),
+        ({"epochs": 2}, {}, False),
+        ({"epochs": 1}, {"steps": 1000}, False),
+        ({"steps": 1}, {"epochs": 1000}, False),
+        ({}, {"steps": 1000}, False),
+    ],
+)
+def test_a_run_may_become_longer_where_no_step_depends_on_its_end(
+    before: dict[str, Any], after: dict[str, Any], allowed: bool
+) -> None:
+    def permitted(optimizer: dict[str, Any], changes: dict[str, Any]) -> bool:
+        old = recipe(train=before, optimizer=optimizer)
+        new = recipe(train=after, optimizer=optimizer | changes)
+        return all(may_change(key, old, new) for key in difference(old, new))
+
+    assert permitted({"schedule": "constant"}, {}) == allowed
+    assert permitted({"schedule": "constant", "warmup_steps": 3}, {}) == allowed
+    assert not permitted({"schedule": "constant", "warmup_ratio": 0.1}, {})
+    assert not permitted({"schedule": "constant"}, {"schedule": "linear"})
+    assert not permitted({"schedule": "constant"}, {"warmup_steps": 3})
+    assert not permitted({"schedule": "cosine"}, {})
+    assert not permitted({"schedule": "cosine"}, {"schedule": "constant"})
 
 
 # ---- DeepSpeed -------------------------------------------------------------------------------

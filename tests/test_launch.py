@@ -300,10 +300,40 @@ def test_a_finished_run_says_so(setup: Setup, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == (
         f"{setup.run_dir} is finished already; for another run give another run_dir\n"
     )
+    assert setup.launch("--dry-run") == runs.FINISHED
+    assert "is finished already" in capsys.readouterr().out
     assert runs.attempts(setup.run_dir) == [0]
     before = {path: path.read_bytes() for path in setup.run_dir.glob("*.json*")}
     assert setup.launch("seed=3", "--allow-change", "seed") == runs.FINISHED
     assert {path: path.read_bytes() for path in setup.run_dir.glob("*.json*")} == before
+
+
+CONSTANT = ("optimizer.schedule=constant", "train.steps=4")
+
+
+def test_a_finished_run_that_is_to_be_longer_goes_on(
+    setup: Setup, ranks: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks("write('outcome.json', code=0, reason='finished', step=4)")
+    assert setup.launch(*CONSTANT) == runs.FINISHED
+    (setup.run_dir / "metrics.jsonl").write_text("{}\n")
+    assert setup.launch(*CONSTANT[:1], "train.steps=7", "--prepare") == runs.FINISHED
+    assert setup.launch("train.steps=9", "--prepare") == runs.WRONG_INPUT
+    printed, errors = capsys.readouterr()
+    assert f"{setup.run_dir} continues with other settings:\n  train.steps: 4 -> 7\n" in printed
+    assert errors.endswith(
+        " More train.steps or train.epochs go through by themselves where no step depends on the "
+        "end of the run: under optimizer.schedule: constant and optimizer.warmup_ratio: 0.\n"
+    )
+    with open(setup.run_dir / "changes.jsonl", "a") as file:
+        file.write('{"time": 1')  # as a full disk leaves it
+    assert setup.launch(*CONSTANT[:1], "train.steps=7") == runs.FINISHED, "was only prepared so far"
+    assert setup.launch(*CONSTANT[:1], "train.steps=9") == runs.FINISHED
+    assert setup.launch(*CONSTANT[:1], "train.steps=9") == runs.FINISHED
+    assert runs.attempts(setup.run_dir) == [0, 1, 2]
+    assert "finished already" in capsys.readouterr().out
+    assert setup.launch(*CONSTANT) == runs.WRONG_INPUT
+    assert "train.steps: 9 -> 4" in capsys.readouterr().err
 
 
 def test_a_dry_run_refuses_it_too(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
@@ -462,7 +492,7 @@ def test_a_finished_attempt_says_nothing(
     ranks("print('training'); write('outcome.json', code=0, reason='finished', step=5)")
     assert setup.launch() == runs.FINISHED
     assert capfd.readouterr() == ("training\n", "")
-    assert runs.is_finished(setup.run_dir)
+    assert runs.is_finished(read_config_json(setup.run_dir))
 
 
 def test_a_stopped_attempt_can_be_continued(

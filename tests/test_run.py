@@ -147,6 +147,31 @@ def test_a_finished_run_is_not_run_again(finished: tuple[Path, Path, str]) -> No
     assert not (run_dir / "logs" / "attempt-1").exists()
 
 
+def test_a_finished_run_that_is_made_longer_is_as_one_that_always_was(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {"optimizer": {"lr": 1e-2, "schedule": "constant", "warmup_steps": 3}, "eval": {}}
+    longer, whole = tmp_path / "longer", tmp_path / "whole"
+    for path, steps in ((write({**recipe, **changes}, longer), 4),
+                        (write({**recipe, **changes}, longer), 7),
+                        (write({**recipe, **changes}, whole), 7)):  # fmt: skip
+        code, out, err = run(path, f"train.steps={steps}")
+        assert code == 0, out + err
+        if path.stem == "longer" and steps == 7:
+            assert "continues with other settings:\n  train.steps: 4 -> 7\n" in out
+            assert "continuing after step 4" in out
+            assert "step 7/7  loss" in out
+    assert verify_resume.compare(whole, longer, 7).equal
+    models = [load_file(folder / "model" / "model.safetensors") for folder in (whole, longer)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert runs.read_outcome(longer, 1) == runs.Outcome(0, "finished", 7)
+    assert (longer / "loss.png").stat().st_mtime > (longer / "model").stat().st_ctime
+    steps_evaluated = [
+        line["step"] for line in report.read_steps(longer / "metrics.jsonl") if "eval_loss" in line
+    ]
+    assert steps_evaluated == [4, 7]
+
+
 def test_the_folder_of_another_recipe_is_refused(finished: tuple[Path, Path, str]) -> None:
     path, run_dir, _ = finished
     before = (run_dir / "config.json").read_text()
