@@ -98,6 +98,7 @@ class Saving:
             "world_size": dist.get_world_size(),
             "optimizer_steps": shards.optimizer_steps(engine),
             "shapes": shards.parameter_shapes(engine),
+            "frozen": shards.frozen(engine),
         }
         self._written: dict[str, Any] = {}
         self._failure: str | None = None
@@ -282,11 +283,18 @@ def restore(folder: Path, engine: Engine) -> None:
     """Load a checkpoint into the engine, whatever layout it was saved from.
 
     A rank reads the element ranges that it holds and no others. Raises UserError where the
-    checkpoint is of a model with other parameters.
+    checkpoint is of a model with other parameters, or lacks the moments of one to train.
     """
     reader = Reader(folder)
     if reader.manifest["shapes"] != shards.parameter_shapes(engine):
         raise UserError(f"{folder} holds a model with other parameters; give another run_dir")
+    thawed = sorted(reader.frozen.difference(shards.frozen(engine)))
+    if thawed:
+        # Moments of zero beside a counter of many steps make AdamW's first steps far too long.
+        raise UserError(
+            f"model.freeze: {thawed[0]} was frozen when {folder} was written, so AdamW knows "
+            "nothing of it. Freeze it again, or train on in another run_dir from this run's model"
+        )
     for fragment in shards.held(engine):
         for key, tensor in fragment.tensors.items():
             for offset, piece in reader.read(fragment.name, key, fragment.start, len(tensor)):

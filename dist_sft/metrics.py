@@ -164,6 +164,10 @@ class FlopCounter:
     section 2.1), the head only for supervised tokens, and 6 T^2 h per layer and row for causal
     attention (Chowdhery et al., 2022, arXiv:2204.02311, appendix B, halved as only the lower
     triangle is needed). Recomputation by gradient checkpointing does not count as useful work.
+
+    Backward through y = x W is two products of that size, dx = dy W^T and dW = x^T dy; a frozen
+    weight needs only the first: 4 in all. Where nothing before it is trained it needs neither, and
+    attention there no gradient: what is counted is an upper bound then.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -173,11 +177,12 @@ class FlopCounter:
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         skipped = {id(m.weight) for m in (*tables, head) if m is not None}
         self._body = sum(
-            _active_numel(name, p, config)
+            _flops_per_weight(p) * _active_numel(name, p, config)
             for name, p in model.named_parameters()
             if id(p) not in skipped and len(_shape(p)) >= 2
         )
-        self._head = math.prod(_shape((head or embedding).weight))
+        head_weight = (head or embedding).weight
+        self._head = _flops_per_weight(head_weight) * math.prod(_shape(head_weight))
         self._layers = getattr(config, "num_hidden_layers", 0)
         self._hidden = getattr(config, "hidden_size", 0)
         if getattr(config, "head_dim", None):  # heads need not add up to the hidden size
@@ -187,11 +192,15 @@ class FlopCounter:
         """Return FLOPs of a step; `lengths` [rows] are the tokens of its rows."""
         matrices = self._body * float(lengths.sum()) + self._head * supervised_tokens
         attention = self._layers * self._hidden * float((lengths.astype(float) ** 2).sum())
-        return 6.0 * (matrices + attention)
+        return matrices + 6.0 * attention
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _flops_per_weight(parameter: nn.Parameter) -> float:
+    return 6.0 if parameter.requires_grad else 4.0
 
 
 def _active_numel(name: str, parameter: nn.Parameter, config: Any) -> float:

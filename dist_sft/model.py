@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -126,12 +129,6 @@ def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTra
             f"model.path: in {model.path or folder}, config.json and the weights do not belong "
             f"together: {len(gaps)} weights are missing or have other sizes, such as {gaps[0]}"
         )
-    frozen = [name for name, p in loaded.named_parameters() if not p.requires_grad]
-    if frozen:
-        raise UserError(
-            f"model.path: {model.path or folder} keeps {len(frozen)} parameters frozen, such as "
-            f"{frozen[0]}; dist_sft trains all of a model's parameters"
-        )
     accepted = inspect.signature(loaded.forward).parameters.values()
     if not any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in accepted):
         raise UserError(
@@ -179,3 +176,52 @@ def fit_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:
     torch.manual_seed(seed)  # every rank must invent the same rows
     model.resize_token_embeddings(tokens)
     return tokens - rows
+
+
+def freeze(
+    model: PreTrainedModel, patterns: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Stop training the parameters whose names match, and `say` what is frozen, if anything is.
+
+    What the model's own code froze stays frozen. A tied weight is one parameter: any of its names
+    freezes it. Raises UserError for a pattern without a match, or if nothing is left to train.
+    """
+    by_itself = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if by_itself:
+        say(
+            f"the model's own code keeps {len(by_itself)} parameters frozen, such as {by_itself[0]}"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    matched: set[str] = set()
+    for pattern in patterns:
+        names = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not names:
+            near = get_close_matches(pattern, parameters, n=3, cutoff=0.0)
+            raise UserError(
+                f"model.freeze: {pattern!r} matches no parameter of the model; near names: "
+                f"{', '.join(near)}"
+            )
+        matched.update(names)
+    for name in matched:
+        parameters[name].requires_grad_(False)
+    for name in sorted(parameters.keys() - matched):
+        same = [other for other in sorted(matched) if parameters[other] is parameters[name]]
+        if same:
+            say(f"model.freeze: {same[0]} is the same weight as {name}, frozen there, too")
+    everything = list(model.parameters())
+    frozen = [p for p in everything if not p.requires_grad]
+    if len(frozen) == len(everything):
+        raise UserError(
+            f"model.freeze: {', '.join(patterns) or 'the model itself'} leaves nothing to train: "
+            f"all {len(everything)} parameters are frozen"
+        )
+    if frozen:
+        say(
+            f"frozen: {len(frozen)} of {len(everything)} parameters, {_numel(frozen):,} of "
+            f"{_numel(everything):,} weights"
+        )
+
+
+def _numel(parameters: Sequence[nn.Parameter]) -> int:
+    # ZeRO-3 leaves a flat piece in place of the parameter; ds_shape is the real one.
+    return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in parameters)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dist_sft import manifest
 
+KEYS = ("fp32", "exp_avg", "exp_avg_sq")
+"""What there is of a trained parameter; of a frozen one there is only the first."""
+
 
 class Reader:
     """Read element ranges of a checkpoint's tensors."""
@@ -20,11 +23,16 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = manifest.read(folder)
+        self.frozen = frozenset(self.manifest.get("frozen", ()))  # older ones have none
         self._pieces: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         for file, entry in self.manifest["files"].items():
             for name, start, length in entry.get("pieces", ()):
                 self._pieces[name].append((start, length, file))
         self._open: dict[str, Any] = {}
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Return the keys under which there is something of a parameter."""
+        return KEYS[:1] if name in self.frozen else KEYS
 
     def read(self, name: str, key: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (offset from start, values) until the range of the flattened tensor is complete."""

@@ -25,47 +25,72 @@ class Fragment(NamedTuple):
     name: str
     start: int
     tensors: dict[str, Tensor]
-    """fp32 (the master weights), exp_avg and exp_avg_sq, each [n] float32."""
+    """fp32 (the master weights), exp_avg and exp_avg_sq, each [n] float32; of a frozen parameter
+    only fp32, and where it is held in what the model computes in, as there is no other copy."""
 
 
 def parameter_shapes(engine: Engine) -> dict[str, list[int]]:
-    """Return the shape of every trained parameter; a tied one appears once."""
+    """Return the shape of every parameter; a tied one appears once."""
     return {
         name: list(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
     }
 
 
+def frozen(engine: Engine) -> list[str]:
+    """Return the names of the parameters that are not trained, in the order of the shapes."""
+    return [name for name, p in engine.module.named_parameters() if not p.requires_grad]
+
+
 def owned(engine: Engine) -> Iterator[Fragment]:
-    """Yield this rank's share of the state; all ranks together hold every element once."""
-    if isinstance(engine, DataParallelEngine):
-        rank, world = dist.get_rank(), dist.get_world_size()
-        for whole in held(engine):
-            size = -(-len(whole.tensors["fp32"]) // world)
-            pieces = {key: tensor[rank * size :][:size] for key, tensor in whole.tensors.items()}
-            if len(pieces["fp32"]):
-                yield Fragment(whole.name, rank * size, pieces)
-    else:
-        yield from held(engine)
+    """Yield this rank's share, in float32; all ranks together own every element once."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for whole in _replicated(engine):
+        size = -(-len(whole.tensors["fp32"]) // world)
+        pieces = {k: t[rank * size :][:size].float() for k, t in whole.tensors.items()}
+        if len(pieces["fp32"]):
+            yield Fragment(whole.name, rank * size, pieces)
+    for fragment in _divided(engine):
+        yield fragment._replace(tensors={k: t.float() for k, t in fragment.tensors.items()})
 
 
 def held(engine: Engine) -> Iterator[Fragment]:
     """Yield everything this rank keeps; in plain data parallel that is the whole state."""
+    yield from _replicated(engine)
+    yield from _divided(engine)
+
+
+def _replicated(engine: Engine) -> Iterator[Fragment]:
+    """Yield what every rank has as a whole: all in plain data parallel, frozen in ZeRO 1 and 2."""
+    if _is_stage_3(engine):
+        return
+    plain = isinstance(engine, DataParallelEngine)
+    for name, parameter in engine.module.named_parameters():
+        tensors = {"fp32": parameter.data.view(-1)}
+        if plain and parameter.requires_grad:
+            # accelerate's wrapper hides the state's keys
+            moments = _moments(engine.optimizer.optimizer, parameter)
+            tensors |= {key: moment.view(-1) for key, moment in moments.items()}
+        if plain or not parameter.requires_grad:
+            yield Fragment(name, 0, tensors)
+
+
+def _divided(engine: Engine) -> Iterator[Fragment]:
+    """Yield the pieces that are on this rank only."""
     if isinstance(engine, DataParallelEngine):
-        optimizer = engine.optimizer.optimizer  # accelerate's wrapper hides the state's keys
-        for name, parameter in engine.module.named_parameters():
-            if parameter.requires_grad:
-                moments = _moments(optimizer, parameter)
-                tensors = {"fp32": parameter.data, **moments}
-                yield Fragment(name, 0, {k: t.view(-1) for k, t in tensors.items()})
+        return
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    if _is_stage_3(engine):
+        yield from _stage_3(engine.optimizer, names)
+        yield from _frozen_in_stage_3(engine)
     else:
-        assert isinstance(engine, ZeroEngine)
-        names = {id(p): name for name, p in engine.module.named_parameters()}
-        if engine.deepspeed.zero_optimization_partition_weights():
-            yield from _stage_3(engine.optimizer, names)
-        else:
-            yield from _stage_1_and_2(engine.optimizer, names)
+        yield from _stage_1_and_2(engine.optimizer, names)
+
+
+def _is_stage_3(engine: Engine) -> bool:
+    if not isinstance(engine, ZeroEngine):
+        return False
+    return bool(engine.deepspeed.zero_optimization_partition_weights())
 
 
 def _stage_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
@@ -98,6 +123,17 @@ def _stage_3(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
                 pieces = {k: t.narrow(0, offset, real) for k, t in tensors.items()}
                 yield Fragment(names[id(parameter)], rank * share, pieces)
             offset += share
+
+
+def _frozen_in_stage_3(engine: Engine) -> Iterator[Fragment]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            share = -(-parameter.ds_numel // world)
+            real = min(share, parameter.ds_numel - rank * share)
+            if real > 0:
+                piece = parameter.ds_tensor.data.narrow(0, 0, real)
+                yield Fragment(name, rank * share, {"fp32": piece})
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -135,7 +171,7 @@ def publish(engine: Engine) -> None:
         return  # they are the same memory
     assert isinstance(engine, ZeroEngine)
     zero: Any = engine.optimizer
-    if not engine.deepspeed.zero_optimization_partition_weights():
+    if not _is_stage_3(engine):
         zero.update_lp_params()
         return
     for i, master in enumerate(zero.fp32_partitioned_groups_flat):

@@ -36,7 +36,7 @@ from dist_sft.metrics import (
     peak_memory_bytes,
     peak_rate,
 )
-from dist_sft.model import check_positions, fit_vocabulary, load_model, resolve_dtype
+from dist_sft.model import check_positions, fit_vocabulary, freeze, load_model, resolve_dtype
 from dist_sft.optim import learning_rate
 from dist_sft.plan import summarize
 from dist_sft.prepare import prepare_once
@@ -108,6 +108,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         added = fit_vocabulary(model, stores.vocab_size, recipe.seed)
         if added:
             console.say(f"the tokenizer knows {added} more tokens than the model: embeddings added")
+        freeze(model, recipe.model.freeze, console.say)
         flops = FlopCounter(model)
         engine = make_engine(accelerator, model, recipe)
         stack.push(lambda kind, *_: engine.close() if kind is None else None)

@@ -16,8 +16,6 @@ from dist_sft import manifest, report, runs
 from dist_sft.errors import UserError
 from dist_sft.pieces import Reader
 
-KEYS = ("fp32", "exp_avg", "exp_avg_sq")
-
 
 class Verdict(NamedTuple):
     """How far a killed and continued run is from an undisturbed one."""
@@ -85,13 +83,13 @@ def compare(whole: Path, killed: Path, steps: int) -> Verdict:
         for folder in (whole, killed)
     ]
     readers = [Reader(manifest.folder_of(folder, steps)) for folder in (whole, killed)]
+    state = [(name, key) for name in readers[0].manifest["shapes"] for key in readers[0].keys(name)]
     other = [
         f"{name} ({key})"
-        for name in readers[0].manifest["shapes"]
-        for key in KEYS
+        for name, key in state
         if not torch.equal(*(reader.tensor(name, key) for reader in readers))
     ]
-    tensors = len(KEYS) * len(readers[0].manifest["shapes"])
+    tensors = len(state)
     if curves[0] == curves[1] and not other:
         return Verdict(True, f"bit-identical: {steps} losses, {tensors} tensors of the state")
     pairs = zip(*curves, strict=True)

@@ -28,6 +28,7 @@ class Cell(NamedTuple):
     dtype: str = "float32"
     checkpointing: bool = False
     steps: int = STEPS
+    freeze: tuple[str, ...] = ()
     fault: str | None = None
 
     def __str__(self) -> str:
@@ -38,6 +39,7 @@ class Cell(NamedTuple):
             self.model,
             self.dtype if self.dtype != "float32" else "",
             "checkpointing" if self.checkpointing else "",
+            "frozen" if self.freeze else "",
             (self.fault or "").replace(" ", "-"),
         ]
         return "-".join(part for part in parts if part)

@@ -1,7 +1,9 @@
 """What one sharding saves, every other one loads: the same state, bit by bit, on any ranks."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
+from dist_sft import manifest
+from dist_sft.model import DTYPES
+from dist_sft.pieces import Reader
+
 PROGRAM = Path(__file__).parent / "ranks" / "state.py"
 pytestmark = pytest.mark.timeout(900)  # three process groups, started by whichever test is first
 STATE_KEYS = {"fp32", "exp_avg", "exp_avg_sq"}
@@ -22,6 +28,13 @@ EXACT = tuple(
     for sharding, model in zip(SHARDINGS, ("tied", "untied") * 3, strict=True)
 )
 BF16 = tuple(Cell(sharding, dtype="bfloat16") for sharding in SHARDINGS)
+# The tied weight goes by its second name here, the untied head alone; a layer, and norms.
+FREEZE = ("lm_head.weight", "model.layers.0.*", "*layernorm.weight")
+FROZEN = tuple(cell._replace(freeze=FREEZE) for cell in EXACT)
+FROZEN_BF16 = tuple(
+    Cell(sharding, dtype="bfloat16", model="untied", freeze=FREEZE)
+    for sharding in (None, "zero1", "zero2", "zero3")
+)
 # Convolutions as matrices, a cache of its own shape, experts in one tensor, a buffer to keep.
 OTHERS = tuple(
     Cell(sharding, packed=False, model=model)
@@ -32,7 +45,8 @@ OTHERS = tuple(
         ("zero3", "deepseek_v3"),
     )
 )
-CELLS = EXACT + BF16
+GROUPS = (EXACT, BF16, FROZEN, FROZEN_BF16)
+CELLS = sum(GROUPS, ())
 
 
 class Loading(NamedTuple):
@@ -50,7 +64,7 @@ def other_shardings(world: int, turn: int) -> list[Loading]:
     """Pair every saver with a loader `turn` places further round."""
     return [
         Loading(saver, group[(i + turn) % len(group)]._replace(model=saver.model), world)
-        for group in (EXACT, BF16)
+        for group in GROUPS
         for i, saver in enumerate(group)
     ]
 
@@ -60,6 +74,25 @@ LOADINGS = (
     *other_shardings(1, turn=1),
     *other_shardings(3, turn=2),
 )
+
+
+def keys_by_name(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+    keys: dict[str, set[str]] = defaultdict(set)
+    for name, _, key in (entry.partition("|") for entry in state):
+        keys[name].add(key)
+    return keys
+
+
+def is_frozen(name: str, cell: Cell) -> bool:
+    names = {name}
+    if cell.model == "tied" and name == "model.embed_tokens.weight":
+        names.add("lm_head.weight")
+    return any(fnmatchcase(n, pattern) for n in names for pattern in cell.freeze)
+
+
+def as_held(frozen: torch.Tensor, cell: Cell) -> torch.Tensor:
+    """Round a frozen weight as a layout does that keeps it in what it computes in."""
+    return frozen.to(DTYPES[cell.dtype]).float() if cell.deepspeed else frozen
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -126,10 +159,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def test_any_layout_loads_the_same_state(loading: Loading, outcomes: Outcomes) -> None:
     before, after = outcomes.saved[loading.saver], outcomes.loaded[loading]
     assert int(before.state["steps"]) == 3
-    assert {key.partition("|")[2] for key in before.state} == {"", *STATE_KEYS}
-    assert all(tensor.any() for tensor in before.state.values())
-    assert before.state.keys() == after.state.keys()
-    different = [k for k, tensor in before.state.items() if not torch.equal(tensor, after.state[k])]
+    keys = keys_by_name(before.state)
+    frozen = {name for name in keys if is_frozen(name, loading.saver)}
+    assert keys.pop("steps") == {""}
+    assert all(keys[n] == ({"fp32"} if n in frozen else STATE_KEYS) for n in keys)
+    assert all(x.any() for key, x in before.state.items() if key.partition("|")[0] not in frozen)
+    expected = {
+        key: as_held(x, loading.loader) if key.partition("|")[0] in frozen else x
+        for key, x in before.state.items()
+    }
+    assert expected.keys() == after.state.keys()
+    different = [k for k, tensor in expected.items() if not torch.equal(tensor, after.state[k])]
     assert not different
     if loading.world == 2:
         assert after.losses == before.losses  # the same layout goes on bit by bit
@@ -145,10 +185,24 @@ def test_exported_model_has_the_weights(cell: Cell, folder: str, outcomes: Outco
     assert exported.dtype == torch.float32  # whatever it was trained in
     state = outcomes.saved[cell].state
     trained = {name: state[f"{name}|fp32"] for name, _ in exported.named_parameters()}
-    assert len(trained) == len(state) // 3
+    assert len(trained) == sum(key.endswith("|fp32") for key in state)
     assert all(torch.equal(p, trained[name]) for name, p in exported.named_parameters())
     tied = exported.lm_head.weight is exported.model.embed_tokens.weight
     assert tied == (cell.model == "tied")
+
+
+@pytest.mark.parametrize("cell", FROZEN + FROZEN_BF16, ids=str)
+def test_frozen_weights_stay_what_they_were(cell: Cell, outcomes: Outcomes) -> None:
+    initial = load_file(outcomes.folder / cell.model / "model.safetensors")
+    state = outcomes.saved[cell].state
+    frozen = {name for name in initial if is_frozen(name, cell)}
+    assert len(frozen) == 16
+    reader = Reader(manifest.folder_of(outcomes.folder / str(cell), 3))
+    assert reader.frozen == frozen
+    for name, weight in initial.items():
+        before = as_held(weight, cell)
+        assert torch.equal(state[f"{name}|fp32"], before) == (name in frozen), name
+        assert torch.equal(reader.tensor(name), state[f"{name}|fp32"]), name
 
 
 @pytest.mark.parametrize("folder", ["model", "model-in-shards"])

@@ -8,6 +8,7 @@ ranks, packed and padded, under several token budgets, with and without ZeRO.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ TOLERANCE = 1e-5
 BF16_TOLERANCE = 5e-3  # 20 steps differ by 1.2e-3, 8e-3 in the gradient's norm
 # Below the longest row; some micro-batches on every rank; the whole step in one.
 BUDGETS = (24, 64, 1000)
+# The first layer trained is behind frozen ones; a frozen head and bias are before trained weights.
+FREEZE = ("model.embed_tokens.*", "model.layers.0.*", "lm_head.weight", "*.k_proj.bias")
 SHARDINGS = (None, "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 
@@ -55,14 +58,19 @@ class Curve:
     eval_loss: float
 
 
-def train_plainly(folder: Path, rows: list[Row], gradients: Path) -> Curve:
+def train_plainly(
+    folder: Path, rows: list[Row], gradients: Path, freeze: Sequence[str] = ()
+) -> Curve:
     """Train as a textbook would; write the gradients of every step, before clipping, to a file."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     matrices = ("proj.weight", "embed_tokens.weight", "lm_head.weight")
     vectors = ("norm.weight", ".bias")
-    decayed = [p for name, p in model.named_parameters() if name.endswith(matrices)]
-    others = [p for name, p in model.named_parameters() if name.endswith(vectors)]
-    assert len(decayed) + len(others) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not any(fnmatchcase(name, pattern) for pattern in freeze)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if name.endswith(matrices)]
+    others = [p for name, p in trained if name.endswith(vectors)]
+    assert len(decayed) + len(others) == len(trained)
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     )
@@ -71,7 +79,7 @@ def train_plainly(folder: Path, rows: list[Row], gradients: Path) -> Curve:
     for step in range(1, STEPS + 1):
         loss = model(**padded([rows[i] for i in plan.samples(step)])).loss
         loss.backward()
-        kept |= {f"{step}|{n}": p.grad.clone() for n, p in model.named_parameters()}
+        kept |= {f"{step}|{n}": p.grad.clone() for n, p in trained}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
@@ -113,8 +121,12 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Problem]:
     rows = make_rows()
     names = ("tied", "untied")
     models = {name: make_model(folder / name, tied=name == "tied") for name in names}
-    gradients = {name: folder / f"{name}.safetensors" for name in names}
-    references = {name: train_plainly(models[name], rows, gradients[name]) for name in names}
+    models["frozen"] = models["untied"]  # a reference of its own
+    gradients = {name: folder / f"{name}.safetensors" for name in models}
+    references = {
+        name: train_plainly(path, rows, gradients[name], FREEZE if name == "frozen" else ())
+        for name, path in models.items()
+    }
     torch.set_num_threads(threads)
     return Problem(folder, models, references, gradients)
 
@@ -190,6 +202,13 @@ EXACT_ON_TWO = (
     Cell("zero3", checkpointing=True),
     Cell("zero2-offload"),
 )
+FROZEN = (
+    Cell(model="frozen", freeze=FREEZE, budget=24),
+    Cell("zero1", model="frozen", freeze=FREEZE, checkpointing=True),
+    Cell("zero2", model="frozen", freeze=FREEZE),
+    Cell("zero3", model="frozen", freeze=FREEZE, checkpointing=True),
+    Cell(model="frozen", freeze=FREEZE, checkpointing=True, packed=False),
+)
 BF16 = tuple(Cell(deepspeed, dtype="bfloat16") for deepspeed in SHARDINGS)
 BROKEN = (
     Cell("zero2", fault="world size left out", steps=2),
@@ -201,11 +220,17 @@ BROKEN = (
 
 @pytest.fixture(scope="module")
 def on_two_ranks(problem: Problem) -> dict[Cell, Any]:
-    return compute(problem, 2, EXACT_ON_TWO + BF16 + BROKEN)
+    return compute(problem, 2, EXACT_ON_TWO + FROZEN + BF16 + BROKEN)
 
 
 def test_two_ranks_compute_the_same(problem: Problem, on_two_ranks: dict[Cell, Any]) -> None:
     assert_same(problem, {cell: on_two_ranks[cell] for cell in EXACT_ON_TWO})
+
+
+def test_frozen_parameters_change_nothing_else(
+    problem: Problem, on_two_ranks: dict[Cell, Any]
+) -> None:
+    assert_same(problem, {cell: on_two_ranks[cell] for cell in FROZEN})
 
 
 @pytest.mark.parametrize("cell", BF16, ids=str)

@@ -1,8 +1,8 @@
 """What the rank programs of the tests share: one cell of a matrix, run by the product's functions.
 
 A job is plain JSON: `run_dir`, `rows`, `models` (name -> folder), `seed`, `batch_size` and the
-recipe's `optimizer`. A cell has `model`, `dtype`, `deepspeed`, `packed`, `budget`, `checkpointing`
-and `steps`.
+recipe's `optimizer`. A cell has `model`, `dtype`, `deepspeed`, `packed`, `budget`,
+`checkpointing`, `freeze` and `steps`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from dist_sft.config import Recipe, check
 from dist_sft.console import Console
 from dist_sft.export import persistent_buffers, write_model_files
 from dist_sft.metrics import Clock
-from dist_sft.model import DTYPES, load_model
+from dist_sft.model import DTYPES, freeze, load_model
 from dist_sft.optim import learning_rate
 from dist_sft.plan import Plan
 
@@ -57,6 +57,7 @@ class Run:
         accelerator = engine.make_accelerator(self.recipe, dtype, run_dir)
         loaded_in = dtype if self.recipe.deepspeed else torch.float32
         model = load_model(self.recipe.model, folder, loaded_in)
+        freeze(model, self.recipe.model.freeze)
         self.engine = engine.make_engine(accelerator, model, self.recipe)
         packing = "on" if cell.packed else "off"
         packed = train.choose_packing(self.engine, packing, DEVICE, dtype, Console(None))
@@ -104,6 +105,7 @@ def _recipe(job: SimpleNamespace, cell: SimpleNamespace) -> Recipe:
             "path": job.models[cell.model],
             "dtype": cell.dtype,
             "gradient_checkpointing": cell.checkpointing,
+            "freeze": cell.freeze,
         },
         "data": {"train": [{"path": "in memory"}]},
         "train": {"batch_size": job.batch_size, "steps": cell.steps},

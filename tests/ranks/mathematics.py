@@ -65,6 +65,10 @@ def worst_difference(
     """Return the largest relative distance of a parameter's gradient from the reference's."""
     worst = 0.0
     for name, parameter in sharded.module.named_parameters():
+        if f"{number}|{name}" not in reference:
+            assert not parameter.requires_grad, f"{name} is trained"
+            assert parameter.grad is None, f"{name} is frozen and has a gradient"
+            continue
         is_zero = isinstance(sharded, engine.ZeroEngine)
         ours = safe_get_full_grad(parameter) if is_zero else parameter.grad
         assert ours is not None, f"{name} has no gradient"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from cells import Run, own_state, write_model
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,10 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
         engine.optimizer._hp_optimizer_states_linked = False
         link()
     for name, parameter in engine.module.named_parameters():
-        if isinstance(engine, ZeroEngine):
+        if not parameter.requires_grad:
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
+                whole = {"fp32": parameter.data.float()}
+        elif isinstance(engine, ZeroEngine):
             whole = {k: safe_get_full_optimizer_state(parameter, k) for k in shards.MOMENTS}
             whole["fp32"] = safe_get_full_fp32_param(parameter)
         else:
