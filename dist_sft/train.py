@@ -136,19 +136,16 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         if place.rank == 0:
             checkpoint.remove_leftovers(run_dir)
 
-        def restore() -> int:
-            """Load the newest good checkpoint, if there is one; return the step to go on from."""
-            return restore_newest(
-                run_dir,
-                engine,
-                facts,
-                recipe.checkpoint.verify,
-                console,
-                trusting=bool(launch.options.get("trust_checkpoint")),
-                allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
-            )
-
-        done = restore()
+        trusting = bool(launch.options.get("trust_checkpoint"))
+        done = restore_newest(
+            run_dir,
+            engine,
+            facts,
+            recipe.checkpoint.verify,
+            console,
+            trusting=trusting,
+            allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
+        )
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -232,7 +229,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             """Go back to the newest checkpoint; the steps up to this one count for nothing."""
             saver.finish()
             saver.close()
-            target = checkpoint.newest_good(run_dir, recipe.checkpoint.verify, console.say)
+            target = checkpoint.newest_good(
+                run_dir, recipe.checkpoint.verify, console.say, trusting=trusting
+            )
             if target is None:
                 raise Diverged(f"{reason}; there is no checkpoint to go back to. {ADVICE}")
             in_vain = rollbacks and rollbacks[-1].checkpoint == target
