@@ -97,6 +97,7 @@ class Saving:
             "step": step,
             "world_size": dist.get_world_size(),
             "optimizer_steps": shards.optimizer_steps(engine),
+            "loss_scale": shards.loss_scale(engine),
             "shapes": shards.parameter_shapes(engine),
             "frozen": shards.frozen(engine),
         }
@@ -300,6 +301,7 @@ def restore(folder: Path, engine: Engine) -> None:
             for offset, piece in reader.read(fragment.name, key, fragment.start, len(tensor)):
                 tensor[offset : offset + len(piece)].copy_(piece)
     shards.set_optimizer_steps(engine, reader.manifest["optimizer_steps"])
+    shards.set_loss_scale(engine, reader.manifest.get("loss_scale"))
     shards.publish(engine)
 
 

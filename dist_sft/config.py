@@ -87,7 +87,7 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the model computes in; auto is bfloat16 on GPU and float32 on CPU. Master weights and
     optimizer state are float32 always."""
-    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    freeze: tuple[str, ...] = ()
     """Parameters that are not trained, by patterns on their names: `model.embed_tokens.*`,
     `model.layers.[0-3].*`. `*` stands for anything, dots too. Each must match something."""
     gradient_checkpointing: bool = False

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
 from dist_sft.engine import DataParallelEngine, Engine, ZeroEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler changes as it goes; the rest are settings."""
 
 
 class Fragment(NamedTuple):
@@ -158,6 +161,25 @@ def set_optimizer_steps(engine: Engine, steps: int) -> None:
     """Set AdamW's counter, a tensor of its own for every parameter group."""
     for state in _inner(engine).state.values():
         state["step"].fill_(steps)
+
+
+def loss_scale(engine: Engine) -> dict[str, float] | None:
+    """Return the state of float16's loss scaler; None where nothing is scaled."""
+    scaler = _loss_scaler(engine)
+    return {key: getattr(scaler, key) for key in SCALER} if scaler else None
+
+
+def set_loss_scale(engine: Engine, saved: dict[str, float] | None) -> None:
+    """Set float16's loss scaler; nothing happens where either side has none."""
+    scaler = _loss_scaler(engine)
+    if scaler and saved:
+        for key in SCALER:
+            setattr(scaler, key, saved[key])
+
+
+def _loss_scaler(engine: Engine) -> Any:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if isinstance(scaler, DynamicLossScaler) else None  # others never change
 
 
 def _inner(engine: Engine) -> torch.optim.Optimizer:

@@ -88,6 +88,7 @@ def make_job(
         "run_dir": str(run_dir),
         "rows": make_rows(),
         "models": {name: str(path) for name, path in models.items()},
+        "shardings": SHARDINGS,
         "cells": [cell._asdict() for cell in cells],
         "seed": SEED,
         "batch_size": BATCH_SIZE,

@@ -1,21 +1,27 @@
 """What one sharding saves, every other one loads: the same state, bit by bit, on any ranks."""
 
 import json
+import random
 from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from matrix import VOCABULARY, Cell, make_job, make_model
 from processes import run_ranks
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from dist_sft import manifest
+from dist_sft import manifest, shards
 from dist_sft.model import DTYPES
 from dist_sft.pieces import Reader
 
@@ -45,7 +51,8 @@ OTHERS = tuple(
         ("zero3", "deepseek_v3"),
     )
 )
-GROUPS = (EXACT, BF16, FROZEN, FROZEN_BF16)
+FP16 = tuple(Cell(sharding, dtype="float16") for sharding in ("zero1", "zero2", "zero3"))
+GROUPS = (EXACT, BF16, FROZEN, FROZEN_BF16, FP16)
 CELLS = sum(GROUPS, ())
 
 
@@ -57,7 +64,7 @@ class Loading(NamedTuple):
     world: int
 
     def __str__(self) -> str:
-        return f"{self.saver}-into-{self.loader.deepspeed}-on-{self.world}"
+        return f"{self.saver}-into-{self.loader.deepspeed}-{self.loader.dtype}-on-{self.world}"
 
 
 def other_shardings(world: int, turn: int) -> list[Loading]:
@@ -71,6 +78,8 @@ def other_shardings(world: int, turn: int) -> list[Loading]:
 
 LOADINGS = (
     *(Loading(cell, cell, 2) for cell in CELLS),
+    Loading(FP16[0], FP16[0]._replace(dtype="bfloat16"), 3),
+    Loading(BF16[1], BF16[1]._replace(dtype="float16"), 3),
     *other_shardings(1, turn=1),
     *other_shardings(3, turn=2),
 )
@@ -105,8 +114,16 @@ class Outcome:
     """What a rank program left after saving or loading."""
 
     state: dict[str, torch.Tensor]
+    scaler: dict[str, float]
+    """Of the loss, in float16."""
     losses: list[float]
     """Of the steps after the checkpoint."""
+
+
+def outcome(path: Path, losses: list[float]) -> Outcome:
+    state = load_file(path)
+    scaler = {key: float(state.pop(key)) for key in list(state) if key.startswith("scaler|")}
+    return Outcome(state, {key.removeprefix("scaler|"): x for key, x in scaler.items()}, losses)
 
 
 @dataclass(frozen=True)
@@ -149,7 +166,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         arguments = (here / "job.json", here / "out.json")
         run_ranks(PROGRAM, *arguments, world=world, log_dir=here, seconds=280)
         losses = json.loads((here / "out.json").read_text())
-        found = [Outcome(load_file(p), x) for p, x in zip(states, losses, strict=True)]
+        found = [outcome(path, x) for path, x in zip(states, losses, strict=True)]
         saved |= dict(zip(CELLS + OTHERS, found[: len(savings)], strict=False))
         loaded |= dict(zip(loadings, found[len(savings) :], strict=True))
     return Outcomes(folder, saved, loaded)
@@ -158,7 +175,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.mark.parametrize("loading", LOADINGS, ids=str)
 def test_any_layout_loads_the_same_state(loading: Loading, outcomes: Outcomes) -> None:
     before, after = outcomes.saved[loading.saver], outcomes.loaded[loading]
-    assert int(before.state["steps"]) == 3
+    scaled = loading.saver.dtype == "float16"
+    assert int(before.state["steps"]) == (1 if scaled else 3)  # two were skipped
     keys = keys_by_name(before.state)
     frozen = {name for name in keys if is_frozen(name, loading.saver)}
     assert keys.pop("steps") == {""}
@@ -173,6 +191,8 @@ def test_any_layout_loads_the_same_state(loading: Loading, outcomes: Outcomes) -
     assert not different
     if loading.world == 2:
         assert after.losses == before.losses  # the same layout goes on bit by bit
+    elif loading.saver.dtype != loading.loader.dtype:  # and float16 skips steps
+        assert after.losses[0] == pytest.approx(before.losses[0], rel=5e-3)
     else:
         tolerance = 1e-6 if loading.saver.dtype == "float32" else 2e-3
         assert after.losses == pytest.approx(before.losses, rel=tolerance)
@@ -189,6 +209,45 @@ def test_exported_model_has_the_weights(cell: Cell, folder: str, outcomes: Outco
     assert all(torch.equal(p, trained[name]) for name, p in exported.named_parameters())
     tied = exported.lm_head.weight is exported.model.embed_tokens.weight
     assert tied == (cell.model == "tied")
+
+
+@pytest.mark.parametrize("loading", LOADINGS, ids=str)
+def test_the_loss_scale_goes_on_where_it_was(loading: Loading, outcomes: Outcomes) -> None:
+    before, after = outcomes.saved[loading.saver].scaler, outcomes.loaded[loading].scaler
+    if loading.saver.dtype == "float16":
+        found = [before[key] for key in shards.SCALER]
+        assert found == [2.0**17, 3, 1, 1]  # it was halved once, at the second overflow
+    if loading.saver.dtype == loading.loader.dtype:
+        assert after == before
+    elif loading.loader.dtype == "float16":  # from a run without one it begins anew
+        assert (after["cur_scale"], after["cur_iter"], after["cur_hysteresis"]) == (2.0**16, 0, 2)
+    else:
+        assert not after
+
+
+def test_a_restored_loss_scaler_behaves_as_the_one_that_was_saved() -> None:
+    settings = {"init_scale": 2**16, "scale_window": 5, "min_scale": 1, "delayed_shift": 2}
+
+    def new() -> SimpleNamespace:
+        scaler = DynamicLossScaler(**settings, consecutive_hysteresis=False)
+        return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+
+    rng = random.Random(0)
+    overflows = [rng.random() < 0.2 for _ in range(60)]
+    scales: list[float] = []
+    first = new()
+    with patch.object(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1)):
+        for step, overflow in enumerate(overflows):
+            saved = json.loads(json.dumps(shards.loss_scale(first)))
+            second = new()
+            shards.set_loss_scale(second, saved)
+            for each in (first, second):
+                each.optimizer.loss_scaler.update_scale(overflow)
+            assert shards.loss_scale(first) == shards.loss_scale(second), step
+            assert vars(first.optimizer.loss_scaler) == vars(second.optimizer.loss_scaler)
+            scales.append(first.optimizer.loss_scaler.loss_scale)
+    assert len(set(scales)) > 3
+    assert any(a < b for a, b in pairwise(scales)), "it rises, too"
 
 
 @pytest.mark.parametrize("cell", FROZEN + FROZEN_BF16, ids=str)

@@ -304,6 +304,29 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "event" in line]
 
 
+def test_frozen_parameters_stay_as_they_are(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    model = {**recipe["model"], "freeze": ["model.embed_tokens.*", "model.layers.0.*"]}
+    path = write({**recipe, "model": model, "deepspeed": "zero3"}, run_dir)
+    code, out, err = run(path)
+    assert code == 0, out + err
+    assert "frozen: 10 of 20 parameters" in out
+    assert "packing: isolated bit by bit" in out
+    first, last = (
+        load_file(run_dir / folder / "model.safetensors") for folder in ("initial", "model")
+    )
+    same = {name for name in first if torch.equal(first[name], last[name])}
+    saved = manifest.read(manifest.folder_of(run_dir, 7))
+    assert same == set(saved["frozen"]) == {n for n in first if "embed" in n or ".layers.0." in n}
+    assert saved["loss_scale"] is None
+    verdict = verify_resume.compare(run_dir, run_dir, 7)
+    assert verdict == (True, "bit-identical: 7 losses, 40 tensors of the state")
+
+    code, out, err = run(write({**recipe, "deepspeed": "zero3"}, run_dir))
+    assert code == 2
+    assert "model.freeze.0" in err
+
+
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     """Return the processes of the ranks, as soon as torchrun has started them."""
     found = []

@@ -43,8 +43,8 @@ TOLERANCE = 1e-5
 BF16_TOLERANCE = 5e-3  # 20 steps differ by 1.2e-3, 8e-3 in the gradient's norm
 # Below the longest row; some micro-batches on every rank; the whole step in one.
 BUDGETS = (24, 64, 1000)
-# The first layer trained is behind frozen ones; a frozen head and bias are before trained weights.
-FREEZE = ("model.embed_tokens.*", "model.layers.0.*", "lm_head.weight", "*.k_proj.bias")
+# The embedding and the first layer, and in the second a matrix and a vector among trained ones.
+FREEZE = ("model.embed_tokens.*", "model.layers.0.*", "*.o_proj.weight", "*.k_proj.bias")
 SHARDINGS = (None, "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 
@@ -174,9 +174,10 @@ def assert_same(problem: Problem, results: dict[Cell, Any]) -> None:
 
 def test_reference_meets_what_is_hard(problem: Problem) -> None:
     """A comparison proves little where clipping never acts or the steps all look alike."""
-    for reference in problem.references.values():
+    for name, reference in problem.references.items():
         assert min(reference.norms) < CLIP < max(reference.norms)
-        assert reference.losses[-1] < 0.9 * reference.losses[0]
+        learned = 0.95 if name == "frozen" else 0.9  # half as much of it can learn
+        assert reference.losses[-1] < learned * reference.losses[0]
     sizes = [len(samples_of(step)) for step in range(1, STEPS + 1)]
     assert sizes == [8, 8, 8, 1] * 5
     micro_batches = {budget: micro_batches_of(budget) for budget in BUDGETS}

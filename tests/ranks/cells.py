@@ -1,7 +1,7 @@
 """What the rank programs of the tests share: one cell of a matrix, run by the product's functions.
 
-A job is plain JSON: `run_dir`, `rows`, `models` (name -> folder), `seed`, `batch_size` and the
-recipe's `optimizer`. A cell has `model`, `dtype`, `deepspeed`, `packed`, `budget`,
+A job is plain JSON: `run_dir`, `rows`, `models` (name -> folder), `seed`, `batch_size`, the
+recipe's `optimizer` and `shardings` of the tests' own by name. A cell has `model`, `dtype`, `deepspeed`, `packed`, `budget`,
 `checkpointing`, `freeze` and `steps`.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dist_sft import engine, step, train
@@ -31,6 +32,9 @@ from dist_sft.optim import learning_rate
 from dist_sft.plan import Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    # DeepSpeed refuses float16 on most CPUs, as it is slow there; torch computes it all the same.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
 class Rows:
@@ -110,7 +114,7 @@ def _recipe(job: SimpleNamespace, cell: SimpleNamespace) -> Recipe:
         "data": {"train": [{"path": "in memory"}]},
         "train": {"batch_size": job.batch_size, "steps": cell.steps},
         "optimizer": job.optimizer,
-        "deepspeed": cell.deepspeed,
+        "deepspeed": job.shardings.get(cell.deepspeed, cell.deepspeed),
     }
     return check(tree, origin="the test")
 

@@ -25,11 +25,15 @@ from dist_sft.engine import Engine, ZeroEngine
 from dist_sft.export import export
 
 SAVED, LAST = 3, 5
+TOO_HIGH = 2.0**18  # a loss scale that overflows twice before the checkpoint
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Gather master weights and moments without any of the code under test."""
     state = {"steps": torch.tensor(shards.optimizer_steps(engine))}
+    if hasattr(scaler := getattr(engine.optimizer, "loss_scaler", None), "cur_hysteresis"):
+        numbers = {k: float(x) for k, x in vars(scaler).items() if isinstance(x, int | float)}
+        state |= {f"scaler|{key}": torch.tensor(numbers[key]) for key in sorted(numbers)}
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:  # ZeRO 1 and 2 do this after the first group's step, too early for others
         engine.optimizer._hp_optimizer_states_linked = False
@@ -52,6 +56,8 @@ def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
     run, run_dir = Run(job, SimpleNamespace(**task.cell)), Path(task.folder)
     folder = manifest.folder_of(run_dir, SAVED)
     if task.save:
+        if run.recipe.model.dtype == "float16":
+            run.engine.optimizer.loss_scaler.cur_scale = TOO_HIGH
         for number in range(1, SAVED + 1):
             run.gradient(number)
             run.update(number)
