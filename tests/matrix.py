@@ -17,6 +17,50 @@ LEARNING_RATE, WARMUP_STEPS = 1e-3, 4
 WEIGHT_DECAY = 0.1
 CLIP = 2.1  # the norms of the gradients lie on both sides of it
 
+# Everything that a DeepSpeed file may say about the layout, away from its default.
+SHARDINGS: dict[str, Any] = {
+    f"odd-zero{stage}": {"zero_optimization": {"stage": stage, **settings}}
+    for stage, settings in (
+        (
+            1,
+            {
+                "round_robin_gradients": True,
+                "allgather_partitions": False,
+                "contiguous_gradients": False,
+                "reduce_bucket_size": 500,
+                "allgather_bucket_size": 500,
+            },
+        ),
+        (
+            2,
+            {
+                "round_robin_gradients": True,
+                "reduce_scatter": False,
+                "overlap_comm": True,
+                "offload_optimizer": {"device": "cpu"},
+                "reduce_bucket_size": 500,
+                "allgather_bucket_size": 500,
+            },
+        ),
+        (
+            3,
+            {
+                "sub_group_size": 1000,
+                "stage3_param_persistence_threshold": 100,
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_max_live_parameters": 1,
+                "stage3_max_reuse_distance": 1,
+                "overlap_comm": False,
+                "reduce_scatter": False,
+                "contiguous_gradients": False,
+                "reduce_bucket_size": 500,
+                "offload_optimizer": {"device": "cpu"},
+                "offload_param": {"device": "cpu"},
+            },
+        ),
+    )
+}
+
 
 class Cell(NamedTuple):
     """One way to compute the run."""

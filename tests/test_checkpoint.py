@@ -51,9 +51,21 @@ OTHERS = tuple(
         ("zero3", "deepseek_v3"),
     )
 )
+# All their layouts in one group, with and without frozen weights.
+ODD = tuple(
+    Cell(f"odd-zero{stage}", dtype=dtype, model=model, freeze=freeze)
+    for stage, dtype, model, freeze in (
+        (1, "float32", "tied", ()),
+        (1, "bfloat16", "untied", FREEZE),
+        (2, "float32", "untied", FREEZE),
+        (2, "bfloat16", "tied", ()),
+        (3, "float32", "untied", FREEZE),
+        (3, "bfloat16", "tied", FREEZE),
+    )
+)
 FP16 = tuple(Cell(sharding, dtype="float16") for sharding in ("zero1", "zero2", "zero3"))
 GROUPS = (EXACT, BF16, FROZEN, FROZEN_BF16, FP16)
-CELLS = sum(GROUPS, ())
+CELLS = sum(GROUPS, ()) + ODD
 
 
 class Loading(NamedTuple):
@@ -78,6 +90,7 @@ def other_shardings(world: int, turn: int) -> list[Loading]:
 
 LOADINGS = (
     *(Loading(cell, cell, 2) for cell in CELLS),
+    *(Loading(cell, cell._replace(deepspeed=None), 3) for cell in ODD),
     Loading(FP16[0], FP16[0]._replace(dtype="bfloat16"), 3),
     Loading(BF16[1], BF16[1]._replace(dtype="float16"), 3),
     *other_shardings(1, turn=1),

@@ -62,8 +62,7 @@ def test_a_tied_weight_is_frozen_by_either_name() -> None:
 def test_a_pattern_without_a_match_is_refused() -> None:
     assert refusal_of(HEAD, "model.embed_token.*") == (
         "model.freeze: 'model.embed_token.*' matches no parameter of the model; near names: "
-        f"{EMBEDDING}, model.layers.0.self_attn.o_proj.weight, "
-        "model.layers.1.self_attn.o_proj.weight"
+        f"{EMBEDDING}, model.norm.weight, model.layers.1.self_attn.v_proj.weight"
     )
 
 
@@ -90,7 +89,7 @@ def test_what_the_model_itself_froze_stays_frozen() -> None:
     ("given", "message"),
     [
         (HEAD, f"model.freeze: got '{HEAD}'; allowed: a list, such as [...]"),
-        ([""], "model.freeze.0: got ''; allowed: at least 1 character"),
+        ([3], "model.freeze: got 3; allowed: text (put it in quotes)"),
     ],
 )
 def test_the_recipe_wants_a_list_of_patterns(given: Any, message: str) -> None:

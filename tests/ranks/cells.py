@@ -1,8 +1,8 @@
 """What the rank programs of the tests share: one cell of a matrix, run by the product's functions.
 
 A job is plain JSON: `run_dir`, `rows`, `models` (name -> folder), `seed`, `batch_size`, the
-recipe's `optimizer` and `shardings` of the tests' own by name. A cell has `model`, `dtype`, `deepspeed`, `packed`, `budget`,
-`checkpointing`, `freeze` and `steps`.
+recipe's `optimizer` and `shardings` of the tests' own by name. A cell has `model`, `dtype`,
+`deepspeed`, `packed`, `budget`, `checkpointing`, `freeze` and `steps`.
 """
 
 import contextlib
