@@ -139,7 +139,10 @@ def _is_gone(owner: Owner) -> bool:
 
 
 def _start_of(pid: int) -> str:
-    """Return when a process of this host started, or "" where there is none."""
+    """Return when a process of this host started, or "" where there is none.
+
+    In ticks since boot, from the kernel: psutil tells seconds of the clock, which may be set.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 FOLDER = "DIST_SFT_HEARTBEATS"
 """Name of the variable by which a node tells its ranks where to write."""
 DUMP_SIGNAL = signal.SIGUSR2
@@ -86,9 +88,10 @@ class Watchdog:
         for rank, seen in self._seen.items():
             pid, _, step, phase = seen.text.split()
             limit = None if phase == "preparing" else self._limits.get(phase, self._limit)
-            state = _state(int(pid))
+            state = state_of(int(pid))
             if limit is not None and now - seen.at > limit and state:
-                stuck.append(Stuck(rank, int(step), phase, now - seen.at, state in "Tt"))
+                stopped = state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+                stuck.append(Stuck(rank, int(step), phase, now - seen.at, stopped))
         return max(stuck, key=lambda found: (found.stopped, found.seconds), default=None)
 
     def end(self) -> None:
@@ -101,10 +104,10 @@ class Watchdog:
                 time.sleep(DUMP_SECONDS)
 
 
-def _state(pid: int) -> str:
-    """Return the letter that the kernel has for a process, or "" where it has ended."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-    return "" if state in "ZX" else state
+def state_of(pid: int) -> str | None:
+    """Return what the kernel says a process does, or None where it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        state: str = psutil.Process(pid).status()
+        if state not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return state
+    return None
