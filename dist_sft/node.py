@@ -20,15 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+
 from dist_sft import lease, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
-from dist_sft.watchdog import FOLDER, Watchdog
+from dist_sft.watchdog import FOLDER, Watchdog, state_of
 
 SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
 WATCH_SECONDS = 1.0  # between two looks at the ranks
+KILL_SECONDS = 10.0  # what the kernel gets to end a process; one that waits for a disk may stay
 WORDS_SECONDS = 5.0  # what node 0 gives others to say why they failed
 
 
@@ -152,13 +155,14 @@ def run(run_dir: Path, attempt: int) -> int:
         )
         relay.attach(child)
         limits = recipe.watchdog
-        watch(child, Watchdog(hearts, limits.seconds, limits.slow_seconds), run_dir, attempt)
+        watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
+        watch(child, watchdog, relay, run_dir, attempt)
         ended = _Ended(child.returncode, log, group)
         if relay.received is None:
             ended.report_a_killed_rank(run_dir, attempt)
         outcome = _await_outcome(run_dir, attempt, ended, relay)
         if outcome is None:
-            outcome = reconstruct(run_dir, attempt, ended, relay.received)
+            outcome = reconstruct(run_dir, attempt, ended, relay)
             if group.node_rank == 0:
                 runs.write_outcome(run_dir, attempt, outcome)
             elif outcome.code != runs.STOPPED:
@@ -170,7 +174,9 @@ def run(run_dir: Path, attempt: int) -> int:
     return outcome.code
 
 
-def watch(child: subprocess.Popen[bytes], watchdog: Watchdog, run_dir: Path, attempt: int) -> None:
+def watch(
+    child: subprocess.Popen[bytes], watchdog: Watchdog, relay: Relay, run_dir: Path, attempt: int
+) -> None:
     """Wait until torchrun has ended; end it where a rank hangs, and write down which one."""
     while True:
         try:
@@ -182,7 +188,21 @@ def watch(child: subprocess.Popen[bytes], watchdog: Watchdog, run_dir: Path, att
             outcome = runs.Outcome(runs.FAILED, str(stuck), -1)
             runs.write_failure(run_dir, attempt, stuck.rank, outcome, killed=True)
             watchdog.end()
-            os.killpg(child.pid, signal.SIGKILL)
+        if stuck or relay.leaves:
+            kill(child)
+
+
+def kill(torchrun: subprocess.Popen[bytes]) -> None:
+    """End torchrun and its ranks, which are in sessions of their own, and see them ended."""
+    torchrun.send_signal(signal.SIGSTOP)  # from now on it starts no other
+    processes = psutil.Process(torchrun.pid).children(recursive=True)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    torchrun.kill()
+    deadline = time.monotonic() + KILL_SECONDS
+    while any(state_of(p.pid) for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _await_outcome(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> runs.Outcome | None:
@@ -198,20 +218,21 @@ def _await_outcome(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> 
         patience = OUTCOME_SECONDS if in_order else 2 * WORDS_SECONDS
     signals, deadline = relay.signals, time.monotonic() + patience
     while (outcome := runs.read_outcome(run_dir, attempt)) is None:
-        if time.monotonic() >= deadline or relay.signals > signals:
+        if time.monotonic() >= deadline or relay.signals > signals or relay.leaves:
             return None
         time.sleep(0.2)
     return outcome
 
 
-def reconstruct(
-    run_dir: Path, attempt: int, ended: _Ended, received: signal.Signals | None
-) -> runs.Outcome:
+def reconstruct(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> runs.Outcome:
     """Say how an attempt ended that its rank 0 did not bring to an end.
 
     torchrun turns every failing rank's code into 1, so what the ranks wrote down decides; where
     they wrote nothing, the signal that this node passed on, or what torchrun logged.
     """
+    if relay.leaves:
+        reason = "left at once, at a second signal: nothing was saved, older checkpoints are whole"
+        return runs.Outcome(runs.STOPPED, reason, -1)
     failure = runs.first_failure(run_dir, attempt)
     if failure is not None:
         rank, outcome = failure
@@ -220,8 +241,9 @@ def reconstruct(
         where = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
         reason = f"{outcome.reason}\nrank {rank} failed first; its log: {where}"
         return replace(outcome, reason=reason)
-    if received is not None:
-        reason = f"stopped by signal {received.name} before the workers could write a checkpoint"
+    if relay.received is not None:
+        name = relay.received.name
+        reason = f"stopped by signal {name} before the workers could write a checkpoint"
         return runs.Outcome(runs.STOPPED, reason, -1)
     if ended.returncode == 0 and ended.group.node_rank != 0:
         reason = "this node's workers have finished, but rank 0 on node 0 has not said how it went"

@@ -9,9 +9,14 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import FrameType
 from typing import ClassVar, Self
+
+ONE_SIGNAL_SECONDS = 1.0
+"""Within it a signal that comes again is the same one: shells and schedulers send to a process and
+to its group."""
 
 
 class StopFlag:
@@ -42,7 +47,8 @@ class Relay:
     """Pass the first signal that asks this node to stop on to torchrun, and only that one.
 
     The ranks checkpoint and end; a second signal would make torchrun leave them alone. A closed
-    terminal asks for the same as TERM, unless somebody said `nohup`.
+    terminal asks for the same as TERM, unless somebody said `nohup`. Who sends INT or TERM again
+    does not want to wait for the checkpoint: the node `leaves`.
     """
 
     PASSED_ON: ClassVar = {
@@ -56,6 +62,9 @@ class Relay:
         self.received: signal.Signals | None = None
         self.signals = 0
         """How many came, those that were not passed on among them."""
+        self.leaves = False
+        """Whether the ranks shall be ended at once."""
+        self._asked_at: float | None = None
         self._passed_on = False
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -78,11 +87,21 @@ class Relay:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.signals += 1
-        if self.received is not None:
+        what = "stopping as soon as a step ends"
+        if number in (signal.SIGINT, signal.SIGTERM):
+            if self._asked_at is None:
+                self._asked_at = time.monotonic()
+                what += "; once more to leave at once, without saving"
+            elif not self.leaves and time.monotonic() - self._asked_at > ONE_SIGNAL_SECONDS:
+                self.leaves = True
+                what = "leaving at once"
+            else:
+                return
+        elif self.received is not None:
             return
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         with contextlib.suppress(OSError):  # the terminal may be what went away
-            os.write(2, f"\n{self.received.name}: stopping as soon as a step ends\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
         self._pass_on()
 
     def _pass_on(self) -> None:

@@ -1,5 +1,6 @@
 """From a recipe to ranks: the run folder, torchrun's command, signals, and how an attempt ended."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import psutil
 import pytest
 import yaml
 
-from dist_sft import local, node, runs
+from dist_sft import local, node, runs, stopping
 from dist_sft.config import read_config_json
 from dist_sft.console import Console
 from dist_sft.errors import UserError
@@ -876,11 +878,61 @@ def test_the_first_signal_reaches_the_ranks_once(
     thread = send_when_listening(setup.run_dir, *numbers)
     assert setup.launch() == runs.STOPPED
     thread.join()
+    again = "; once more to leave at once, without saving"
+    hint = again if numbers[0] in (signal.SIGINT, signal.SIGTERM) else ""
     assert capfd.readouterr().err == (
-        f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends\n"
+        f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends{hint}\n"
         f"{passed_on}\nthe same command continues the run\n"
     )
     assert [signal.getsignal(number) for number in Relay.PASSED_ON] == before
+
+
+@pytest.mark.parametrize(
+    ("numbers", "leaves"),
+    [
+        ([signal.SIGINT, signal.SIGINT], True),
+        ([signal.SIGTERM, signal.SIGINT], True),
+        ([signal.SIGUSR1, signal.SIGTERM], False),  # a batch system's warning, then its time limit
+        ([signal.SIGUSR1, signal.SIGINT, signal.SIGINT], True),
+        ([signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], False),
+    ],
+)
+def test_a_second_signal_does_not_wait_for_a_checkpoint(
+    setup: Setup,
+    ranks: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    numbers: list[int],
+    leaves: bool,
+) -> None:
+    """What stands for torchrun heeds no signal; its rank has a session of its own, as a real one.
+
+    The rank says something in its last moment that must not count.
+    """
+    monkeypatch.setattr(stopping, "ONE_SIGNAL_SECONDS", 0.01)
+    ranks(
+        "import subprocess\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+        "    signal.signal(number, signal.SIG_IGN)\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"
+        "                        start_new_session=True)\n"
+        "(attempt / 'rank').write_text(str(rank.pid))\n"
+        + failure(0, 1, LOST, 10.0)
+        + f"(attempt / 'listening').touch(); time.sleep({60 if leaves else 3})\n"
+        "rank.kill(); sys.exit(1)"
+    )
+    began = time.monotonic()
+    send_when_listening(setup.run_dir, *numbers)
+    assert (setup.launch() == runs.STOPPED) == leaves
+    assert time.monotonic() - began < 30
+    assert ("leaving at once\n" in capfd.readouterr().err) == leaves
+    outcome = runs.read_outcome(setup.run_dir, 0)
+    assert outcome is not None
+    assert outcome.reason.startswith("left at once, at a second signal: nothing was") == leaves
+    rank = int((setup.run_dir / "logs/attempt-0/rank").read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):  # or nobody has collected it yet
+        assert psutil.Process(rank).status() == psutil.STATUS_ZOMBIE
+    assert not (setup.run_dir / "lease.json").exists()
 
 
 def test_a_signal_before_there_is_anything_to_save(

@@ -429,6 +429,38 @@ def test_a_stopped_rank_is_found_and_the_run_started_again(
     assert [x["step"] for x in report.read_steps(run_dir / "metrics.jsonl")] == list(range(1, 61))
 
 
+def test_a_second_signal_leaves_at_once_and_nothing_is_torn(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """A rank that is stopped by SIGSTOP keeps the others from the step's end, and from saving."""
+    run_dir = tmp_path / "run"
+    path = write({**recipe, "train": {"batch_size": 8, "steps": 60}, "eval": {}}, run_dir)
+    process = start(path)
+    wait_for_step(run_dir, 5, process)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)  # as a terminal and a shell may both send it
+    time.sleep(2.5)
+    assert process.poll() is None, "the first one waits for the step"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=15)
+    assert process.returncode == 75, out + err
+    assert "SIGINT: stopping as soon as a step ends; once more to leave at once" in err
+    assert "left at once, at a second signal: nothing was saved" in err
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+    assert not (run_dir / "lease.json").exists()
+    newest = list(manifest.folders(run_dir))[-1]
+    assert main(["verify", str(run_dir)]) == 0
+
+    code, out, err = run(path)
+    assert code == 0, out + err
+    assert f"continuing after step {newest}" in out
+    assert main(["verify", str(run_dir)]) == 0
+    assert not [p for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
 def test_exact_resume_is_proved_on_a_recipe_of_ones_own(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

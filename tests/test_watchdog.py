@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_sft import node, runs
+from dist_sft.stopping import Relay
 from dist_sft.watchdog import DUMP_SIGNAL, FOLDER, Heart, Watchdog
 
 Start = Callable[[int], subprocess.Popen[str]]
@@ -132,7 +133,7 @@ def test_a_node_writes_down_who_hung(tmp_path: Path) -> None:
         [sys.executable, "-c", program + "\nimport time; time.sleep(60)"],
         env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    node.watch(torchrun, Watchdog(hearts, 0.5, None), tmp_path, 0)
+    node.watch(torchrun, Watchdog(hearts, 0.5, None), Relay(), tmp_path, 0)
     assert torchrun.returncode == -signal.SIGKILL
     failure = runs.first_failure(tmp_path, 0)
     assert failure is not None
