@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_sft import local, node, report, runs
+from dist_sft.config import read_config_json
 from dist_sft.watchdog import DUMP_SIGNAL
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +181,7 @@ class Warm:
         """Run the next attempt to its end; return the run folder."""
         group = self.start(recipe, world, way)
         group.finish()
-        assert runs.is_finished(group.run_dir)
+        assert runs.is_finished(read_config_json(group.run_dir))
         return group.run_dir
 
 
