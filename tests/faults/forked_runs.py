@@ -2,7 +2,7 @@
 
 `Warm` starts this file as a program; that imports everything once and then forks, at a test's word,
 ranks that call `train.run_rank` with the variables of torchrun. Beside training, a rank writes down
-which rows it really computes, and can be slowed down, held at a place, or denied large files.
+which rows it really computes, and can be slowed down or held at a place.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import psutil
 
 from dist_sft import local, node, report, runs
 from dist_sft.config import read_config_json
@@ -46,9 +48,6 @@ class Way:
     """Steps: every rank waits there until the test lets it go on, see `Group.let_go`."""
     hold_at_write: str = ""
     """Whoever opens a file for writing whose path has this in it waits there for ever."""
-    largest_file: int | None = None
-    """No file may become larger, in bytes, on the ranks of `limited`."""
-    limited: tuple[int, ...] = ()
 
 
 class Group:
@@ -112,16 +111,15 @@ class Group:
         """Let the ranks that wait before a step go on."""
         (self.notes / f"go-{step}").touch()
 
-    def allow_large_files(self) -> None:
-        """Lift the limit on files, as if somebody had made room, for ranks and what they forked."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                group = os.getpgid(int(folder.name))
-            except ProcessLookupError:
-                continue
-            if group == self.pids[0]:
-                _, hard = resource.prlimit(int(folder.name), resource.RLIMIT_FSIZE)
-                resource.prlimit(int(folder.name), resource.RLIMIT_FSIZE, (hard, hard))
+    def limit_files(self, ranks: tuple[int, ...], size: int | None) -> None:
+        """Let no file of these ranks, and of what they start, become larger; None: any size."""
+        for rank in ranks:
+            process = psutil.Process(self.pids[rank])
+            for one in (process, *process.children(recursive=True)):
+                _, hard = resource.prlimit(one.pid, resource.RLIMIT_FSIZE)
+                resource.prlimit(
+                    one.pid, resource.RLIMIT_FSIZE, (hard if size is None else size, hard)
+                )
 
     def explain(self) -> str:
         """Return the codes and what the ranks said last, the stacks of the living included."""
@@ -237,9 +235,6 @@ def instrument(train: Any, order: dict[str, Any], rank: int) -> None:
                     time.sleep(SECONDS)
 
         sys.addaudithook(hook)
-    if rank in way.limited:
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (way.largest_file, hard))
 
 
 def rows_in(batch: Any) -> list[list[int]]:
