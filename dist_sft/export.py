@@ -63,12 +63,11 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for source in sorted((checkpoint / "model").rglob("*")):  # not their modes: it is for others
-        target = temporary / source.relative_to(checkpoint / "model")
-        if source.is_dir():
-            target.mkdir()
-        else:
-            shutil.copyfile(source, target)
+    for name in reader.manifest["files"]:  # what else lies there, nobody has checked
+        if name.startswith("model/"):
+            target = temporary / name.removeprefix("model/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint / name, target)  # not its mode: it is for others
     _set_dtype(temporary / "config.json", dtype)
     buffers = {}
     if (temporary / BUFFERS).exists():
