@@ -1,7 +1,6 @@
 """A run that was killed, wherever, ends bit by bit where an undisturbed one does."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ STEPS = 14
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 SHARDINGS = pytest.mark.parametrize("sharding", ["zero2", None], ids=["zero2", "data-parallel"])
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("warm") / "log") as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

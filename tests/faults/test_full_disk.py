@@ -21,11 +21,10 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[tuple[Warm, Path]]:
+def path(tmp_path: Path) -> Path:
+    """Write a recipe."""
     recipe = tiny_recipe.make_recipe(tmp_path)
-    path = tiny_recipe.write(recipe, tmp_path / "run", train={"steps": STEPS})
-    with Warm(tmp_path / "warm.log") as warm:
-        yield warm, path
+    return tiny_recipe.write(recipe, tmp_path / "run", train={"steps": STEPS})
 
 
 @pytest.fixture
@@ -93,8 +92,7 @@ def check_end(group: Group) -> None:
         assert manifest.check_all(folder)[1] == []
 
 
-def test_a_full_disk(run: tuple[Warm, Path], small_disk: Path) -> None:
-    warm, path = run
+def test_a_full_disk(warm: Warm, path: Path, small_disk: Path) -> None:
     run_dir = path.with_suffix("")
     (small_disk / "checkpoints").mkdir()
     group = warm.start(path, 2, Way(hold_before=(1, FULL, FREE)))
@@ -114,9 +112,8 @@ def test_a_full_disk(run: tuple[Warm, Path], small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("limited", [(1,), (0, 1)], ids=["rank 1", "all ranks"])
-def test_files_that_may_not_grow(run: tuple[Warm, Path], limited: tuple[int, ...]) -> None:
+def test_files_that_may_not_grow(warm: Warm, path: Path, limited: tuple[int, ...]) -> None:
     """The same without a mount: for a while a rank's file may not become as large as it must."""
-    warm, path = run
     group = warm.start(path, 2, Way(hold_before=(FULL, FREE)))
     wait_before(group, FULL, newest=4)
     files = manifest.folder_of(group.run_dir, 4).glob("rank-*")

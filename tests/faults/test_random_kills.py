@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_row_counts_once_whatever_is_killed(tmp_path: Path) -> None:
+def test_every_row_counts_once_whatever_is_killed(warm: Warm, tmp_path: Path) -> None:
     recipe = tiny_recipe.make_recipe(tmp_path)
     steps = EPOCHS * STEPS_PER_EPOCH
 
@@ -43,17 +43,16 @@ def test_every_row_counts_once_whatever_is_killed(tmp_path: Path) -> None:
     moments = rng.sample(MOMENTS, KILLS)
     fell: list[str] = []
     newest: list[int] = []
-    with Warm(tmp_path / "warm.log") as warm:
-        undisturbed = {world: warm.run(new_run(f"on-{world}"), world) for world in WORLDS}
-        path = new_run("killed")
-        for moment, world in zip(moments, cycle(WORLDS), strict=False):
-            group = warm.start(path, world, Way(seconds_per_step=0.06))
-            wait_for(moment, group, rng)
-            before = list(manifest.folders(group.run_dir))
-            assert group.kill(), f"kill {len(fell) + 1} did not hit a whole, unfinished run"
-            fell.append(where_it_fell(group))
-            newest.append(max(before, default=0))
-        run_dir = warm.run(path, WORLDS[0])
+    undisturbed = {world: warm.run(new_run(f"on-{world}"), world) for world in WORLDS}
+    path = new_run("killed")
+    for moment, world in zip(moments, cycle(WORLDS), strict=False):
+        group = warm.start(path, world, Way(seconds_per_step=0.06))
+        wait_for(moment, group, rng)
+        before = list(manifest.folders(group.run_dir))
+        assert group.kill(), f"kill {len(fell) + 1} did not hit a whole, unfinished run"
+        fell.append(where_it_fell(group))
+        newest.append(max(before, default=0))
+    run_dir = warm.run(path, WORLDS[0])
 
     print(f"{len(fell)} kills: {Counter(fell)}; newest checkpoints at them: {newest}")
     assert len(fell) == KILLS

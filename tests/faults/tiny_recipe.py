@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from tiny_tokenizers import pad_is_eos
@@ -10,6 +10,13 @@ from transformers import AutoTokenizer
 
 ROWS, HELD_OUT, BATCH_SIZE = 41, 5, 8
 STEPS_PER_EPOCH = 6  # the last one has a single row: all ranks but one have fillers
+
+
+class Finished(NamedTuple):
+    """A run that nobody disturbed."""
+
+    recipe: dict[str, Any]
+    run_dir: Path
 
 
 def make_recipe(folder: Path) -> dict[str, Any]:
