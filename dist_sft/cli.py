@@ -6,12 +6,13 @@ Only what a command needs is imported, when it runs: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_sft import __version__
+from dist_sft import __version__, run_commands
 from dist_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,18 +36,18 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_inspect(commands)
     _add_plan(commands)
-    _add_export(commands)
-    _add_verify(commands)
     _add_verify_resume(commands)
-    _add_status(commands)
-    _add_stop(commands)
+    run_commands.add(commands)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     top = parser()
-    options, rest = top.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["train"]:  # the launcher has a parser of its own
+        top.error(f"training is started by: launch/local.py {shlex.join(words)}")
+    options, rest = top.parse_known_args(words)
     # argparse gives a command its key=value words only up to the first option behind them.
     overrides = getattr(options, "overrides", None)
     if rest and (overrides is None or any(word.startswith("-") for word in rest)):
@@ -153,83 +154,7 @@ def _plan(options: argparse.Namespace) -> None:
         show_step(_console(), recipe, train, workers, options.step)
 
 
-# ---- export ----------------------------------------------------------------------------------
-
-
-def _add_export(commands: Any) -> None:
-    command = commands.add_parser(
-        "export",
-        help="turn a checkpoint into a Hugging Face folder",
-        description="Write a checkpoint as a folder that AutoModelForCausalLM loads.",
-    )
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
-    command.add_argument("out", type=Path, metavar="OUT", help="new folder to write")
-    command.add_argument("--step", metavar="N|best", help="default: the newest checkpoint")
-    command.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="default: model.dtype of the recipe; float32, the master weights, where that is auto",
-    )
-    command.set_defaults(run=_export)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from dist_sft.config import read_config_json
-
-    recipe = read_config_json(options.run_dir)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UserError(f"OUT: {options.out} exists already; give a new folder")
-    step, folder = list(_checkpoints(options).items())[-1]
-    from dist_sft.manifest import check_all
-
-    _, wrong = check_all(folder)
-    if wrong:
-        raise UserError(
-            f"the checkpoint of step {step} is damaged: {wrong[0]}\nExport another one with "
-            f"--step; `dist-sft verify {options.run_dir}` checks them all"
-        )
-    from dist_sft.export import export
-    from dist_sft.model import DTYPES
-
-    name = options.dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "float32")
-    export(folder, options.out, DTYPES[name])
-    print(f"step {step} as {name}: {options.out}")
-
-
-# ---- verify ----------------------------------------------------------------------------------
-
-
-def _add_verify(commands: Any) -> None:
-    command = commands.add_parser(
-        "verify",
-        help="check every byte of the checkpoints of a run",
-        description="Compare checkpoints with what was written, byte by byte. Exit code 1 where "
-        "anything is wrong. Needs no torch.",
-    )
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
-    command.add_argument("--step", metavar="N|best", help="default: all checkpoints")
-    command.set_defaults(run=_verify)
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from rich import box
-    from rich.table import Table
-
-    from dist_sft import manifest
-
-    table = Table("step", "files", "GiB", "verdict", box=box.SIMPLE)
-    wrong: list[str] = []
-    for step, folder in _checkpoints(options).items():
-        content, found = manifest.check_all(folder)
-        size = sum(entry["size"] for entry in content.get("files", {}).values()) / 2**30
-        verdict = f"{len(found)} damaged" if found else "every byte is what was written"
-        table.add_row(str(step), str(len(content.get("files", {}))), f"{size:.2f}", verdict)
-        wrong += found
-    console = _console()
-    console.print(table)
-    for line in wrong:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 1 if wrong else 0
+# ---- verify-resume ---------------------------------------------------------------------------
 
 
 def _add_verify_resume(commands: Any) -> None:
@@ -267,48 +192,6 @@ def _verify_resume(options: argparse.Namespace) -> int:
     return 0 if verdict.equal else 1
 
 
-# ---- status and stop -------------------------------------------------------------------------
-
-
-def _add_status(commands: Any) -> None:
-    command = commands.add_parser(
-        "status",
-        help="say how a run is getting on",
-        description="Say who works on a run, how far it is, and how its attempts ended.",
-    )
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
-    command.set_defaults(run=_status)
-
-
-def _status(options: argparse.Namespace) -> None:
-    from dist_sft.status import status
-
-    console = _console()
-    for line in status(options.run_dir):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _add_stop(commands: Any) -> None:
-    command = commands.add_parser(
-        "stop",
-        help="ask a run to save and stop",
-        description="Ask a run to save and stop after the step it is in; nothing is killed.",
-    )
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
-    command.set_defaults(run=_stop)
-
-
-def _stop(options: argparse.Namespace) -> None:
-    from dist_sft.lease import read
-    from dist_sft.runs import read_launch
-
-    read_launch(options.run_dir)  # or it is no run folder
-    if read(options.run_dir) is None:
-        raise UserError(f"nobody works on {options.run_dir}: there is nothing to stop")
-    (options.run_dir / "STOP").touch()
-    print(f"{options.run_dir} stops after its step; `dist-sft status {options.run_dir}` tells")
-
-
 # ---- what commands share ---------------------------------------------------------------------
 
 
@@ -317,27 +200,6 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="override any setting of the recipe"
     )
-
-
-def _checkpoints(options: argparse.Namespace) -> dict[int, Path]:
-    """Return the folder of the step that was asked for, or of every checkpoint, oldest first."""
-    from dist_sft.manifest import best, folders
-
-    found = folders(options.run_dir)
-    if not found:
-        raise UserError(f"RUN_DIR: {options.run_dir} has no checkpoint yet")
-    if options.step is None:
-        return found
-    step = best(options.run_dir) if options.step == "best" else None
-    if options.step == "best" and step is None:
-        raise UserError("--step best: no checkpoint was evaluated; give a number instead")
-    if options.step.isdecimal():
-        step = int(options.step)
-    if step not in found:
-        raise UserError(
-            f"--step: got {options.step}; allowed: best, or one of the checkpoints {list(found)}"
-        )
-    return {step: found[step]}
 
 
 def _read(options: argparse.Namespace) -> tuple[Recipe, Words]:

@@ -140,6 +140,13 @@ def test_unknown_arguments_are_refused(words: list[str], capsys: Any) -> None:
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_training_is_started_elsewhere(capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "my recipe.yaml", "--workers", "2"])
+    said = capsys.readouterr().err
+    assert "training is started by: launch/local.py train 'my recipe.yaml' --workers 2\n" in said
+
+
 # ---- one row ---------------------------------------------------------------------------------
 
 

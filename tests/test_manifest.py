@@ -69,11 +69,40 @@ def test_a_step_is_named_by_number_or_as_the_best(
 ) -> None:
     make(tmp_path, {1: 2.0, 2: 1.0, 3: 3.0})
     assert main(["verify", str(tmp_path), "--step", step]) == 0
-    table = capsys.readouterr().out
-    assert " 2 " in table
-    assert " 3 " not in table
+    assert capsys.readouterr().out == "step 2: 0 files, 0.00 GiB: every byte is what was written\n"
     assert main(["verify", str(tmp_path), "--step", "x"]) == 2
     assert "allowed: best, or one of the checkpoints [1, 2, 3]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("run/checkpoints/step-00000002", "is one checkpoint; give {0}/run{1}"),
+        ("run/checkpoints", "is within a run's folder; give {0}/run"),
+        ("missing", "does not exist; give the folder that is run_dir in the recipe"),
+        ("run/config.json", "is a file; give the folder that is run_dir in the recipe"),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "export", "status", "stop"])
+def test_a_path_that_is_not_a_runs_folder_says_what_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, told: str, command: str
+) -> None:
+    make(tmp_path / "run", {2: None})
+    (tmp_path / "run/config.json").touch()
+    others = [str(tmp_path / "out")] if command == "export" else []
+    assert main([command, str(tmp_path / path), *others]) == 2
+    step = " --step 2" if command in ("verify", "export") else ""
+    assert capsys.readouterr().err == (
+        f"RUN_DIR: {tmp_path / path} {told.format(tmp_path, step)}\n"
+    )
+
+
+def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "is not a run folder: it has no checkpoints and no config" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()
+    assert main(["verify", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"RUN_DIR: {tmp_path} has no checkpoint yet\n"
 
 
 def test_what_others_may_write_is_not_trusted(tmp_path: Path) -> None:
