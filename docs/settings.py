@@ -1,6 +1,7 @@
 """Print docs/settings.md from the recipe's own docstrings: `make docs`."""
 
 import json
+from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -26,8 +27,20 @@ def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
             continue
         default = "required" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
         text = " ".join((field.description or "").split())
+        allowed = ", ".join(words(field.annotation))
+        if "`" in allowed:
+            text += f" Allowed: {allowed}."
         lines.append(f"| `{prefix}{name}` | {default} | {text} |")
     return lines
+
+
+def words(annotation: object) -> list[str]:
+    """Return what an annotation such as `Literal["auto"] | int` allows."""
+    if get_origin(annotation) is Literal:
+        return [f"`{word}`" for word in get_args(annotation)]
+    if annotation is int:
+        return ["a whole number"]
+    return [word for inner in get_args(annotation) for word in words(inner)]
 
 
 def shown(value: object) -> str:
