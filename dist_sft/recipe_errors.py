@@ -152,7 +152,18 @@ def _example_key(path: list[str | int], recipe: type[BaseModel]) -> str:
 
 def _near(given: object, context: Mapping[str, Any]) -> str:
     words = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
-    near = difflib.get_close_matches(str(given).lower(), words, n=1)
+    return _did_you_mean(str(given).lower(), words)
+
+
+def _did_you_mean(name: str, allowed: list[str]) -> str:
+    """Ask for the word that is an abbreviation of the other one, or looks alike."""
+    short = [
+        word
+        for word in allowed
+        if min(len(name), len(word)) > 2
+        and (word.startswith(name) or (name.startswith(word) and name[len(word) :].isalpha()))
+    ]
+    near = short or difflib.get_close_matches(name, allowed, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -166,13 +177,9 @@ def _instead(
     if name in FOREIGN:
         return f"; in dist_sft this is {_with_value(FOREIGN[name], given)}"
     allowed = _known_keys(path[:-1], recipe)
-    near = difflib.get_close_matches(name, allowed, n=1)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
     elsewhere = [full for full in _all_keys(recipe) if full.rsplit(".", 1)[-1] == name]
-    if elsewhere:
-        return f" (did you mean {elsewhere[0]!r}?)"
-    return f"; allowed: {', '.join(allowed)}"
+    question = _did_you_mean(name, allowed) or (elsewhere and f" (did you mean {elsewhere[0]!r}?)")
+    return question or f"; allowed: {', '.join(allowed)}"
 
 
 def _with_value(target: str, given: object) -> str:

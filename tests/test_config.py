@@ -78,6 +78,11 @@ def recipe(**settings: Any) -> Recipe:
         ({"seed": "one"}, "seed: got 'one'; allowed: a whole number"),
         ({"run_dir": 3}, "run_dir: got 3; allowed: text (put it in quotes)"),
         ({"run_dir": None}, "run_dir: got null; allowed: text (put it in quotes)"),
+        (
+            {"optimizer__schedule": "const"},
+            "optimizer.schedule: got 'const'; allowed: 'constant', 'linear' or 'cosine' "
+            "(did you mean 'constant'?)",
+        ),
         ({"job": "trian"}, "job: got 'trian'; allowed: 'train' (did you mean 'train'?)"),
         ({"deterministic": "maybe"}, "deterministic: got 'maybe'; allowed: true or false"),
         ({"deterministic": []}, "deterministic: got []; allowed: true or false"),
@@ -229,6 +234,16 @@ def test_reports_every_mistake_at_once() -> None:
     ("settings", "message"),
     [
         ({"optimiser": {}}, "optimiser: unknown key (did you mean 'optimizer'?)"),
+        ({"evaluation": {"every": 2}}, "evaluation: unknown key (did you mean 'eval'?)"),
+        ({"data__evaluation": []}, "data.evaluation: unknown key (did you mean 'eval'?)"),
+        (
+            {"data__eval_fractions": 0.1},
+            "data.eval_fractions: unknown key (did you mean 'eval_fraction'?)",
+        ),
+        (
+            {"optimizer__warmup": 0.1},
+            "optimizer.warmup: unknown key (did you mean 'warmup_ratio'?)",
+        ),
         ({"train__batchsize": 1}, "train.batchsize: unknown key (did you mean 'batch_size'?)"),
         ({"train__clip": 1.0}, "train.clip: unknown key (did you mean 'optimizer.clip'?)"),
         (
