@@ -15,11 +15,12 @@ from dist_sft import manifest, report, runs
 
 SEED = 20
 KILLS = 20
-EPOCHS = 14
+EPOCHS = 20
 WORLDS = (2, 1, 3)
-# When a kill is due: at any time after the start, after a first step, or once a save has begun.
+# When a kill is due: at any time after the start, after some steps, or once a save has begun.
 MOMENTS = ("starting",) * 4 + ("training",) * 9 + ("saving",) * 7
-STARTING_SECONDS, TRAINING_SECONDS = 1.0, 1.5
+STARTING_SECONDS = 1.0
+TRAINING_STEPS, TRAINING_SECONDS = 10, 0.3
 SAVING_SECONDS = (0, 0.005, 0.02, 0.1)
 TOLERANCE = 1e-4
 
@@ -84,7 +85,8 @@ def wait_for(moment: str, group: Group, rng: random.Random) -> None:
     if moment == "starting":
         time.sleep(rng.uniform(0, STARTING_SECONDS))
         return
-    group.wait_until(lambda: steps_of(group) > 0)
+    steps = rng.randrange(TRAINING_STEPS)
+    group.wait_until(lambda: steps_of(group) > steps)
     if moment == "training":
         time.sleep(rng.uniform(0, TRAINING_SECONDS))
     else:
