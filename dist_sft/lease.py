@@ -76,7 +76,7 @@ def read(run_dir: Path) -> Lease | None:
 def wait_until_free(run_dir: Path, say: Callable[[str], None] = print) -> None:
     """Return once no other launcher works on the run; raise UserError where one does."""
     lease = read(run_dir)
-    if lease is None or _is_gone(lease.owner):
+    if lease is None or is_gone(lease.owner):
         return
     say(f"{run_dir} belongs to {lease.owner}; watching for {EXPIRY_SECONDS:.0f} s if it is alive")
     deadline = time.monotonic() + EXPIRY_SECONDS
@@ -130,7 +130,7 @@ def owns(run_dir: Path, attempt: int) -> bool:
     return lease is not None and lease.attempt == attempt
 
 
-def _is_gone(owner: Owner) -> bool:
+def is_gone(owner: Owner) -> bool:
     """Tell whether the owner is a process of this host that ended, or this job before a requeue."""
     me = Owner.me()
     if owner.job is not None and owner.job == me.job and owner.restart < me.restart:

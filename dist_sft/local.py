@@ -89,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return runs.WRONG_INPUT
+    except KeyboardInterrupt:  # while workers run, their node takes care of it
+        print("\nstopped while no worker was running", file=sys.stderr)
+        return runs.STOPPED
 
 
 def run_until_it_ends(run_dir: Path, restarts: int) -> int:

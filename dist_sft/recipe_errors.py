@@ -64,6 +64,8 @@ FOREIGN = {
     "logging_steps": "nothing: every step is logged",
     "resume_from_checkpoint": "nothing: the same command again continues the run",
     "dataloader_num_workers": "nothing: encoded data is memory-mapped",
+    "workers": "nothing: give the launcher --workers N",
+    "nproc_per_node": "nothing: give the launcher --workers N",
     "group_by_length": "nothing: batches are laid out without padding",
 }
 _PER_DEVICE = ("per_device_train_batch_size", "micro_batch_size")

@@ -67,16 +67,20 @@ def _command(
 
 def _check(run_dir: Path, *, takes_step: bool) -> None:
     """Raise UserError for what is no folder, or a folder within a run's; say which was meant."""
+    path = run_dir.resolve()
+    step = path.name.removeprefix("step-")
+    if path.name == "checkpoints" and (path.parent / "config.json").exists():
+        raise UserError(f"RUN_DIR: {run_dir} is within a run's folder; give {path.parent}")
+    if (
+        path.parent.name == "checkpoints"
+        and step.isdecimal()
+        and (path.parents[1] / "config.json").exists()
+    ):
+        chosen = f" --step {int(step)}" if takes_step else ""
+        raise UserError(f"RUN_DIR: {run_dir} is one checkpoint; give {path.parents[1]}{chosen}")
     if not run_dir.is_dir():
         what = "is a file" if run_dir.exists() else "does not exist"
         raise UserError(f"RUN_DIR: {run_dir} {what}; give the folder that is run_dir in the recipe")
-    path = run_dir.resolve()
-    step = path.name.removeprefix("step-")
-    if path.name == "checkpoints":
-        raise UserError(f"RUN_DIR: {run_dir} is within a run's folder; give {path.parent}")
-    if path.parent.name == "checkpoints" and step.isdecimal():
-        chosen = f" --step {int(step)}" if takes_step else ""
-        raise UserError(f"RUN_DIR: {run_dir} is one checkpoint; give {path.parents[1]}{chosen}")
 
 
 def _checkpoints(options: argparse.Namespace) -> dict[int, Path]:
@@ -148,11 +152,12 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from dist_sft.lease import read
+    from dist_sft.lease import is_gone, read
     from dist_sft.runs import read_launch
 
     read_launch(options.run_dir)  # or it is no run folder
-    if read(options.run_dir) is None:
+    held = read(options.run_dir)
+    if held is None or is_gone(held.owner):
         raise UserError(f"nobody works on {options.run_dir}: there is nothing to stop")
     (options.run_dir / "STOP").touch()
     print(f"{options.run_dir} stops after its step; `dist-sft status {options.run_dir}` tells")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,23 +12,27 @@ from dist_sft import lease, manifest, report, runs
 
 def status(run_dir: Path) -> list[str]:
     """Return lines for a person. Raises UserError for a folder that is no run."""
-    launch = runs.read_launch(run_dir)
+    launch, held = runs.read_launch(run_dir), lease.read(run_dir)
     return [
         f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "
         f"{launch.workers_per_node}",
-        f"owner: {_owner(run_dir)}",
-        *_attempts(run_dir, lease.read(run_dir)),
+        f"owner: {_owner(run_dir, held)}",
+        *_attempts(run_dir, held),
         _progress(run_dir),
         _checkpoints(run_dir),
     ]
 
 
-def _owner(run_dir: Path) -> str:
-    held = lease.read(run_dir)
+def _owner(run_dir: Path, held: lease.Lease | None) -> str:
     if held is None:
         return "nobody"
-    age = time.time() - (run_dir / lease.NAME).stat().st_mtime
-    return f"{held.owner}, attempt {held.attempt}, last sign of life {max(0.0, age):.0f} s ago"
+    if lease.is_gone(held.owner):
+        return f"nobody; {held.owner} is gone, and the next launch takes over"
+    told = f"{held.owner}, attempt {held.attempt}"
+    with contextlib.suppress(FileNotFoundError):  # it may end in this moment
+        age = time.time() - (run_dir / lease.NAME).stat().st_mtime
+        told += f", last sign of life {max(0.0, age):.0f} s ago"
+    return told
 
 
 def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:
@@ -35,7 +40,7 @@ def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:
     for attempt in runs.attempts(run_dir):
         outcome = runs.read_outcome(run_dir, attempt)
         how = "no outcome: it was killed"
-        if held is not None and held.attempt == attempt:
+        if held is not None and held.attempt == attempt and not lease.is_gone(held.owner):
             how = "works, if its owner is alive"
         if outcome is not None:
             how = f"exit code {outcome.code}, {outcome.reason.splitlines()[0]}"

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,7 @@ from dist_sft import local, node, runs, stopping
 from dist_sft.config import read_config_json
 from dist_sft.console import Console
 from dist_sft.errors import UserError
+from dist_sft.lease import Lease, Owner
 from dist_sft.node import Group, count_gpus, group_from, threads_for, torchrun_command
 from dist_sft.runs import Launch, Outcome
 from dist_sft.stopping import Relay, StopFlag
@@ -946,6 +948,18 @@ def test_a_signal_before_there_is_anything_to_save(
         reason, "the same command continues the run",
     ]  # fmt: skip
     assert runs.read_outcome(setup.run_dir, 0) == Outcome(runs.STOPPED, reason, -1)
+
+
+def test_ctrl_c_while_a_launcher_watches_another_one(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup.launch("--prepare")
+    owner = replace(Owner.me(), host="another-host")
+    (setup.run_dir / "lease.json").write_text(json.dumps(asdict(Lease(owner, 0, 0))))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert setup.launch() == runs.STOPPED
+    assert capsys.readouterr().err == "\nstopped while no worker was running\n"
+    assert runs.attempts(setup.run_dir) == []
 
 
 def test_a_signal_before_torchrun_starts_is_not_lost() -> None:

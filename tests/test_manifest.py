@@ -1,12 +1,13 @@
 """Which checkpoints are kept, which is the best, and which may have been changed by others."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from dist_sft import checkpoint, manifest
+from dist_sft import checkpoint, lease, manifest
 from dist_sft.cli import main
 from dist_sft.errors import UserError
 from dist_sft.runs import Launch
@@ -78,6 +79,7 @@ def test_a_step_is_named_by_number_or_as_the_best(
     ("path", "told"),
     [
         ("run/checkpoints/step-00000002", "is one checkpoint; give {0}/run{1}"),
+        ("run/checkpoints/step-00000003", "is one checkpoint; give {0}/run{2}"),
         ("run/checkpoints", "is within a run's folder; give {0}/run"),
         ("missing", "does not exist; give the folder that is run_dir in the recipe"),
         ("run/config.json", "is a file; give the folder that is run_dir in the recipe"),
@@ -91,10 +93,18 @@ def test_a_path_that_is_not_a_runs_folder_says_what_is(
     (tmp_path / "run/config.json").touch()
     others = [str(tmp_path / "out")] if command == "export" else []
     assert main([command, str(tmp_path / path), *others]) == 2
-    step = " --step 2" if command in ("verify", "export") else ""
+    steps = (" --step 2", " --step 3") if command in ("verify", "export") else ("", "")
     assert capsys.readouterr().err == (
-        f"RUN_DIR: {tmp_path / path} {told.format(tmp_path, step)}\n"
+        f"RUN_DIR: {tmp_path / path} {told.format(tmp_path, *steps)}\n"
     )
+
+
+def test_a_run_may_be_called_as_a_part_of_one(tmp_path: Path) -> None:
+    run_dir = tmp_path / "checkpoints" / "step-00000007"
+    make(run_dir, {2: None})
+    assert main(["verify", str(run_dir)]) == 0
+    make(run_dir.parent, {2: None})
+    assert main(["verify", str(run_dir.parent)]) == 0
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +144,17 @@ def test_status_and_stop_are_about_runs(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     launch = Launch("local", 1, 1, {}, "0")
     (tmp_path / "launch.json").write_text(json.dumps(asdict(launch)))
+    assert main(["stop", str(tmp_path)]) == 2
+    assert "nobody works on" in capsys.readouterr().err
+    (tmp_path / "logs/attempt-0").mkdir(parents=True)
+    with lease.hold(tmp_path, 0):
+        assert f"owner: process {os.getpid()} on " in status(tmp_path)[1]
+        assert status(tmp_path)[2] == "attempt 0: works, if its owner is alive"
+        held = json.loads((tmp_path / "lease.json").read_text())
+    held["owner"]["started"] = "1"  # another process had this number
+    (tmp_path / "lease.json").write_text(json.dumps(held))
+    assert status(tmp_path)[1].startswith(f"owner: nobody; process {os.getpid()} on ")
+    assert status(tmp_path)[2] == "attempt 0: no outcome: it was killed"
     assert main(["stop", str(tmp_path)]) == 2
     assert "nobody works on" in capsys.readouterr().err
     (tmp_path / "launch.json").unlink()
