@@ -305,7 +305,7 @@ def export(folder: Path, tokenizer, template):
         state_dict=dict,
     )
     folder.mkdir()
-    write_model_files(folder, module, tokenizer, [1], template.chat_template)
+    write_model_files(folder, module, tokenizer, [1], template.chat_template, {})
     return AutoTokenizer.from_pretrained(folder)
 
 
