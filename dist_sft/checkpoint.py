@@ -46,23 +46,27 @@ class SupersededError(RuntimeError):
 class Snapshot:
     """Keep a copy of this rank's share of the state, in memory that is used for every save."""
 
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+    def __init__(self, engine: Engine) -> None:
+        """Take the memory. Raises UserError where there is not enough."""
+        elements = sum(t.numel() for f in shards.owned(engine) for t in f.tensors.values())
+        try:
+            self._buffer = torch.empty(elements, pin_memory=torch.cuda.is_available())
+        except RuntimeError as error:
+            raise UserError(
+                f"checkpoint.asynchronous: no memory for a copy of the state, {elements * 4:,} "
+                f"bytes on this rank ({error}); set it to false, and training waits for saves"
+            ) from error
 
     def take(self, engine: Engine) -> list[Fragment]:
         """Copy the share; what is returned stays as it is until the next call."""
-        fragments = list(shards.owned(engine))
-        elements = sum(t.numel() for f in fragments for t in f.tensors.values())
-        if self._buffer is None:
-            self._buffer = torch.empty(elements, pin_memory=torch.cuda.is_available())
-        assert len(self._buffer) == elements, "the layout has changed"
         copied, end = [], 0
-        for fragment in fragments:
+        for fragment in shards.owned(engine):
             tensors = {}
             for key, tensor in fragment.tensors.items():
                 start, end = end, end + tensor.numel()
                 tensors[key] = self._buffer[start:end].copy_(tensor)
             copied.append(fragment._replace(tensors=tensors))
+        assert end == len(self._buffer), "the layout has changed"
         return copied
 
 

@@ -43,7 +43,7 @@ class Saver:
         self._run_dir, self._attempt, self._engine = run_dir, attempt, engine
         self._facts, self._write_model, self._settings = facts, write_model, settings
         self._say, self._beat, self._metrics = say, beat, metrics
-        self._snapshot = checkpoint.Snapshot() if settings.asynchronous else None
+        self._snapshot = checkpoint.Snapshot(engine) if settings.asynchronous else None
         self._saving: checkpoint.Saving | None = None
         self._began = time.monotonic()  # of the last one
         self._blocked = 0.0

@@ -90,7 +90,7 @@ def rank_main(job: SimpleNamespace, run_dir: Path, deadly: int | None, out: Path
     dist.barrier()
     with ExitStack() as stack:
         stack.enter_context(patch.object(digests.HashingFile, "write", write))
-        snapshot, saving = checkpoint.Snapshot(), None
+        snapshot, saving = checkpoint.Snapshot(run.engine), None
         for step in range(begun + 1, LAST + 1):
             run.gradient(step)
             run.update(step)

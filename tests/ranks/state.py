@@ -62,7 +62,12 @@ def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
             run.gradient(number)
             run.update(number)
         saving = checkpoint.Saving(
-            run_dir, SAVED, run.engine, {}, write_model(run.engine), snapshot=checkpoint.Snapshot()
+            run_dir,
+            SAVED,
+            run.engine,
+            {},
+            write_model(run.engine),
+            snapshot=checkpoint.Snapshot(run.engine),
         )
     else:
         checkpoint.restore(folder, run.engine)
