@@ -16,6 +16,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
 from dist_sft.engine import DataParallelEngine, Engine, ZeroEngine
+from dist_sft.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -30,6 +31,33 @@ class Fragment(NamedTuple):
     tensors: dict[str, Tensor]
     """fp32 (the master weights), exp_avg and exp_avg_sq, each [n] float32; of a frozen parameter
     only fp32, and where it is held in what the model computes in, as there is no other copy."""
+
+
+def check(engine: Engine) -> None:
+    """Raise UserError where this rank's state is not what its names say; call before training.
+
+    Master weights begin as copies of the weights that the model computes with. Where they differ,
+    this is a layout that DeepSpeed itself, or this file, reads wrongly: better now than in a save.
+    """
+    parameters = dict(engine.module.named_parameters())
+    for name, start, tensors in held(engine):
+        parameter: Any = parameters[name]
+        masters = tensors["fp32"]
+        if _is_stage_3(engine):
+            weights = parameter.ds_tensor.data[: len(masters)]
+        else:
+            weights = parameter.data.view(-1)[start : start + len(masters)]
+        kept = {key for key, tensor in tensors.items() if tensor.dtype != torch.float32}
+        if kept and parameter.requires_grad:
+            raise UserError(
+                f"deepspeed: {', '.join(sorted(kept))} of {name} are not float32, which no "
+                "checkpoint can hold; leave out what is unusual in the sharding file"
+            )
+        if not torch.equal(weights, masters.to(weights)):
+            raise UserError(
+                f"deepspeed: the master weights of {name} are not what the model computes with, so "
+                "a checkpoint would be wrong; leave out what is unusual in the sharding file"
+            )
 
 
 def parameter_shapes(engine: Engine) -> dict[str, list[int]]:

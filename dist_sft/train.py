@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from dist_sft import attention, checkpoint, data, hub, manifest, report, runs, world
+from dist_sft import attention, checkpoint, data, hub, manifest, report, runs, shards, world
 from dist_sft.batches import Batch, Feeder
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
@@ -112,6 +112,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         flops = FlopCounter(model)
         engine = make_engine(accelerator, model, recipe)
         stack.push(lambda kind, *_: engine.close() if kind is None else None)
+        shards.check(engine)
         packed = choose_packing(engine, recipe.train.packing, place.device, dtype, console)
 
         # 5. The plan: which samples make up every step. Continue where the run was.

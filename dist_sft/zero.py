@@ -96,6 +96,20 @@ class ZeroOptimization(_Json):
             raise ValueError(f"offload_param needs stage 3, got stage {self.stage}")
         return self
 
+    @model_validator(mode="after")
+    def _what_deepspeed_can_do(self) -> Self:
+        if self.round_robin_gradients and self.stage < 3:
+            raise ValueError(
+                "round_robin_gradients: true is not supported, as DeepSpeed 0.19 then gives its "
+                "master weights to the wrong parameters whenever they are read, and checkpoints "
+                "and models would be scrambled; allowed: false"
+            )
+        if self.allgather_bucket_size % 2 and self.stage < 3:
+            raise ValueError(
+                f"allgather_bucket_size: got {self.allgather_bucket_size}; allowed: even numbers"
+            )
+        return self
+
     @property
     def offloads_optimizer(self) -> bool:
         """Tell whether the optimizer state lives in CPU memory."""

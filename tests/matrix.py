@@ -24,7 +24,6 @@ SHARDINGS: dict[str, Any] = {
         (
             1,
             {
-                "round_robin_gradients": True,
                 "allgather_partitions": False,
                 "contiguous_gradients": False,
                 "reduce_bucket_size": 500,
@@ -34,7 +33,6 @@ SHARDINGS: dict[str, Any] = {
         (
             2,
             {
-                "round_robin_gradients": True,
                 "reduce_scatter": False,
                 "overlap_comm": True,
                 "offload_optimizer": {"device": "cpu"},

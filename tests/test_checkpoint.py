@@ -91,6 +91,7 @@ def other_shardings(world: int, turn: int) -> list[Loading]:
 LOADINGS = (
     *(Loading(cell, cell, 2) for cell in CELLS),
     *(Loading(cell, cell._replace(deepspeed=None), 3) for cell in ODD),
+    *(Loading(cell, cell, 1) for cell in ODD),
     Loading(FP16[0], FP16[0]._replace(dtype="bfloat16"), 3),
     Loading(BF16[1], BF16[1]._replace(dtype="float16"), 3),
     *other_shardings(1, turn=1),

@@ -427,6 +427,16 @@ def test_a_run_may_become_longer_where_no_step_depends_on_its_end(
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             "deepspeed.zero_optimization: offload_param needs stage 3, got stage 2",
         ),
+        (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            "deepspeed.zero_optimization: round_robin_gradients: true is not supported, as "
+            "DeepSpeed 0.19 then gives its master weights to the wrong parameters whenever they "
+            "are read, and checkpoints and models would be scrambled; allowed: false",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 501}},
+            "deepspeed.zero_optimization: allgather_bucket_size: got 501; allowed: even numbers",
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("as_file", [False, True])

@@ -216,6 +216,7 @@ BROKEN = (
     Cell("zero1", fault="attention mask of ones", steps=2),
     Cell("zero2", fault="boundary always", steps=2),
     Cell("zero2", fault="boundary never", steps=2),
+    Cell("zero2", fault="round robin", steps=2),
 )
 
 
@@ -249,6 +250,8 @@ def test_comparison_notices_what_is_left_out(
     result = on_two_ranks[cell]
     if cell.fault == "boundary never":  # DeepSpeed refuses to hand out a gradient
         assert "Gradients are only available immediately after backward" in result["error"]
+    elif cell.fault == "round robin":  # DeepSpeed gives master weights to the wrong parameters
+        assert "are not what the model computes with" in result["error"]
     else:
         assert differences(result, problem.references[cell.model])["gradient"] > 100 * TOLERANCE
 

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dist_sft import engine, step, train
+from dist_sft import engine, shards, step, train
 from dist_sft.batches import Feeder
 from dist_sft.config import Recipe, check
 from dist_sft.console import Console
@@ -63,6 +63,7 @@ class Run:
         model = load_model(self.recipe.model, folder, loaded_in)
         freeze(model, self.recipe.model.freeze)
         self.engine = engine.make_engine(accelerator, model, self.recipe)
+        shards.check(self.engine)
         packing = "on" if cell.packed else "off"
         packed = train.choose_packing(self.engine, packing, DEVICE, dtype, Console(None))
         rows, rank, world = Rows(job.rows), dist.get_rank(), dist.get_world_size()

@@ -87,6 +87,8 @@ def broken(fault: str | None) -> Iterator[None]:
         if fault == "attention mask of ones":
             stack.enter_context(patch.object(attention, "NAME", "sdpa"))
             stack.enter_context(patch.object(batches, "packed_inputs", with_mask_of_ones))
+        if fault == "round robin":
+            stack.enter_context(patch.object(engine, "deepspeed_config", with_round_robin))
         if fault in ("boundary never", "boundary always"):
             micro_batch = functools.partialmethod(boundary, at_end=fault == "boundary always")
             stack.enter_context(patch.object(engine.ZeroEngine, "micro_batch", micro_batch))
@@ -96,6 +98,15 @@ def broken(fault: str | None) -> Iterator[None]:
 def with_mask_of_ones(lengths: list[int], device: torch.device) -> dict[str, Any]:
     mask = torch.ones(1, sum(lengths), dtype=torch.int64)
     return attention.packed_inputs(lengths, device) | {"attention_mask": mask}
+
+
+complete = engine.deepspeed_config
+
+
+def with_round_robin(*arguments: Any) -> dict[str, Any]:
+    config = complete(*arguments)
+    config["zero_optimization"]["round_robin_gradients"] = True
+    return config
 
 
 @contextlib.contextmanager
