@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers = gpus or 1 if options.workers is None else options.workers
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
+        if options.restarts < 0:
+            raise UserError(f"--restarts: got {options.restarts}; allowed: 0 or more")
         runs.check(recipe, options.allow_change)
         if not options.prepare and runs.is_finished(recipe):
             print(f"{recipe.run_dir} is finished already; for another run give another run_dir")

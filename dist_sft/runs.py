@@ -122,8 +122,7 @@ def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str,
     refused = {
         key: change
         for key, change in changes.items()
-        if not may_change(key, old, recipe)
-        and not any(f"{key}.".startswith(f"{name}.") for name in allowed)
+        if not may_change(key, old, recipe) and not any(_is_in(key, name) for name in allowed)
     }
     if not refused or _nothing_was_learned(run_dir):
         return changes
@@ -132,6 +131,9 @@ def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str,
         "\nGive another run_dir, or the settings of that run to continue it. To go on with other "
         "mathematics on purpose, launch with --allow-change KEY for each."
     )
+    idle = [name for name in allowed if not any(_is_in(key, name) for key in changes)]
+    if idle:
+        advice += f" No setting of this name differs: {', '.join(idle)}."
     if LENGTH & refused.keys():
         advice += (
             " More train.steps or train.epochs go through by themselves where no step depends on "
@@ -140,6 +142,10 @@ def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str,
     raise UserError(
         "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed]) + advice
     )
+
+
+def _is_in(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
 
 
 def _nothing_was_learned(run_dir: Path) -> bool:

@@ -236,6 +236,7 @@ def test_as_many_workers_as_gpus(setup: Setup, monkeypatch: pytest.MonkeyPatch) 
     ("arguments", "message"),
     [
         (["--workers", "0"], "--workers: got 0; allowed: 1 or more"),
+        (["--restarts", "-1"], "--restarts: got -1; allowed: 0 or more"),
         (["seed=-1"], "seed: got -1; allowed: 0 or more"),
         (["lr"], "override 'lr' is not of the form dotted.key=value"),
         (["run_dir=" + "x" * 300], "cannot be used: File name too long"),
@@ -387,6 +388,9 @@ def test_other_mathematics_is_let_through_by_name_and_recorded(
     assert "seed: 0 -> 4" in said
     assert "optimizer.lr" not in said
     assert "launch with --allow-change KEY" in said
+    assert "No setting" not in said
+    assert setup.launch(*changed, "--allow-change", "optimizer.l") == runs.WRONG_INPUT
+    assert "for each. No setting of this name differs: optimizer.l.\n" in capsys.readouterr().err
     allowing = ("--allow-change", "optimizer", "--allow-change", "seed")
     assert setup.launch(*changed, *allowing) == runs.FINISHED
     assert read_config_json(setup.run_dir).seed == 4
