@@ -144,48 +144,56 @@ class Saving:
         Raises SaveFailed on every rank where one cannot write, and nothing is left behind; raises
         SupersededError where a newer attempt than this one works on the run.
         """
-        if self.is_there:
-            return self.final
-        self._thread.join()
         rank = dist.get_rank()
-        # What every rank has written is also its vote.
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self._failure, self._written))
-        failures = [said for said, _ in everyone if said]
-        superseded = rank == 0 and _newest_attempt(self._run_dir) > self._attempt
-        if rank == 0 and not failures and not superseded:
-            files = {name: entry for _, part in everyone for name, entry in part.items()}
-            content = self._content | {"files": files}
+        everyone: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        if not self.is_there:
+            self._thread.join()
+            # What every rank has written is also its vote.
+            dist.gather_object((self._failure, self._written), everyone)
+        failures: list[str] = []
+        superseded = None
+        if rank == 0:
             try:
-                _commit(self._temporary, self.final, content, MODES[self._mode])
-            except OSError as error:
+                check_newest(self._run_dir, self._attempt)
+                if not self.is_there:
+                    failures = self._commit(everyone or [])
+            except SupersededError as error:
+                superseded = str(error)
+            except Exception as error:  # the others wait to hear of it
                 failures = [f"rank 0: {error}"]
         failures, superseded = world.from_rank_0((failures, superseded))
         if rank == 0 and (failures or superseded):
             shutil.rmtree(self._temporary, ignore_errors=True)
         if superseded:
-            raise SupersededError(
-                f"a newer attempt works on {self._run_dir}; attempt {self._attempt} ends unsaved"
-            )
+            raise SupersededError(superseded)
         if failures:
             raise SaveFailed(
                 f"the checkpoint of step {self.step} cannot be saved: {'; '.join(failures)}"
             )
         return self.final
 
+    def _commit(self, everyone: list[Any]) -> list[str]:
+        """Write the manifest and give the folder its name; return why not, where a rank failed."""
+        failures = [said for said, _ in everyone if said]
+        if failures:
+            return failures
+        files = {name: entry for _, part in everyone for name, entry in part.items()}
+        manifest.write(self._temporary, self._content | {"files": files})
+        mode = MODES[self._mode]
+        for path in self._temporary.rglob("*"):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+        self._temporary.chmod(mode)
+        once.sync(self._temporary)
+        check_newest(self._run_dir, self._attempt)  # again: the rest took its time
+        self._temporary.rename(self.final)
+        once.sync(self.final.parent)
+        return []
 
-def _newest_attempt(run_dir: Path) -> int:
-    return max(runs.attempts(run_dir), default=0)
 
-
-def _commit(temporary: Path, final: Path, content: dict[str, Any], mode: int) -> None:
-    manifest.write(temporary, content)
-    for path in temporary.rglob("*"):
-        path.chmod(mode if path.is_dir() else mode & 0o666)
-    temporary.chmod(mode)
-    once.sync(temporary)
-    temporary.rename(final)
-    once.sync(final.parent)
+def check_newest(run_dir: Path, attempt: int) -> None:
+    """Raise SupersededError where a newer attempt than this one works on the run."""
+    if max(runs.attempts(run_dir), default=0) > attempt:
+        raise SupersededError(f"a newer attempt works on {run_dir}; attempt {attempt} ends unsaved")
 
 
 def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
@@ -201,7 +209,6 @@ def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     for fragment in fragments:
         pieces.append((fragment.name, fragment.start, len(fragment.tensors["fp32"])))
         for key, tensor in fragment.tensors.items():
-            assert tensor.dtype == torch.float32, (fragment.name, key, tensor.dtype)
             name = f"{fragment.name}|{key}|{fragment.start}"
             start, end = end, end + 4 * len(tensor)
             header[name] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [start, end]}
@@ -213,7 +220,7 @@ def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             if len(tensor):
-                array: Any = tensor.detach().cpu().contiguous().numpy()
+                array: Any = tensor.detach().float().cpu().contiguous().numpy()
                 file.write(memoryview(array).cast("B"))
         size, digest = file.finish()
     return {"size": size, "sha256": digest, "pieces": pieces}
@@ -231,29 +238,30 @@ def _describe_files(folder: Path, under: str) -> dict[str, Any]:
 
 
 def newest_good(
-    run_dir: Path, level: manifest.Level, say: Callable[[str], None], *, trusting: bool = False
+    run_dir: Path,
+    level: manifest.Level,
+    say: Callable[[str], None],
+    *,
+    trusting: bool = False,
+    ruled_out: Callable[[int], bool] = lambda step: False,
 ) -> int | None:
     """Return the step of the newest checkpoint that is what was written; every rank calls this.
 
     Each rank checks its part of the files. Damaged ones are passed over, with a line that says what
     is wrong, and renamed once a good one is found. None where there are no checkpoints at all.
     Raises UserError where there are some and none is good: to begin anew would look like going on;
-    and, unless `trusting`, for a checkpoint that somebody else may have changed.
+    and, unless `trusting`, for a checkpoint that somebody else may have changed. Steps that are
+    `ruled_out` are not looked at.
     """
     found = world.from_rank_0(list(manifest.folders(run_dir)))  # ranks may see different things
-    if found and not trusting:
-        folder = manifest.folder_of(run_dir, found[-1])
-        doubt = world.from_rank_0(manifest.untrusted(folder) if dist.get_rank() == 0 else None)
-        if doubt:
-            raise UserError(
-                f"{doubt}: its owner could make this run load anything. If you trust them, launch "
-                "with --trust-checkpoint"
-            )
+    found = [step for step in found if not ruled_out(step)]
     damaged: list[Path] = []
     for step in reversed(found):
         folder = manifest.folder_of(run_dir, step)
         wrong = list(dict.fromkeys(world.gather(_my_problems(folder, level))))
         if not wrong:
+            if not trusting:
+                _refuse_untrusted(folder)
             _set_aside(damaged)
             return int(step)
         damaged.append(folder)
@@ -265,6 +273,15 @@ def newest_good(
             "see above. Put a good copy back, or give another run_dir to start anew"
         )
     return None
+
+
+def _refuse_untrusted(folder: Path) -> None:
+    doubt = world.from_rank_0(manifest.untrusted(folder) if dist.get_rank() == 0 else None)
+    if doubt:
+        raise UserError(
+            f"{doubt}: its owner could make this run load anything. If you trust them, launch "
+            "with --trust-checkpoint"
+        )
 
 
 def _my_problems(folder: Path, level: manifest.Level) -> list[str]:
@@ -315,9 +332,13 @@ def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
     None ever lacks a part under its name.
     """
     remove_leftovers(run_dir, ".step-*.old")
-    steps, best = list(manifest.folders(run_dir)), manifest.best(run_dir)
-    for step in steps[:-keep]:
-        if step != best and not (keep_every and step % keep_every == 0):
+    found, best = manifest.folders(run_dir), manifest.best(run_dir)
+    whole = [step for step, folder in found.items() if not manifest.check(folder, "size")[1]]
+    for step in found:
+        # Damaged ones do not count: what stays could be continued from.
+        if step in whole[:-keep] or (step not in whole and whole[-keep:] and step < whole[-1]):
+            if step == best or (keep_every and step % keep_every == 0):
+                continue
             folder = manifest.folder_of(run_dir, step)
             folder.rename(folder.with_name(f".{folder.name}.old"))
     remove_leftovers(run_dir, ".step-*.old")

@@ -176,8 +176,8 @@ class Train(Section):
     model fails the isolation proof; on stops instead."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """When loss or gradient is not finite: stop; leave up to `max_skipped_steps` steps in a row
-    out, then stop; or, after these, go back to the newest good checkpoint, go on behind the batch,
-    and stop where that brings the run no further than this."""
+    out, then stop; or, after these, go back to the newest checkpoint, or to an older one where
+    that has not helped, and go on behind the batch."""
     max_skipped_steps: Count = 3
     """How many steps in a row skip and rollback leave out."""
 

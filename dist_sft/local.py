@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--restarts: got {options.restarts}; allowed: 0 or more")
         runs.check(recipe, options.allow_change)
         if not options.prepare and runs.is_finished(recipe):
-            print(f"{recipe.run_dir} is finished already; for another run give another run_dir")
+            print(
+                f"{recipe.run_dir} is finished already; for another run give another run_dir, "
+                "for more of this one more steps (under a constant schedule)"
+            )
             return runs.FINISHED
         mistakes = preflight.missing_paths(recipe)
         mistakes += preflight.machine_mistakes(recipe, workers, gpus)
@@ -109,6 +112,7 @@ def run_until_it_ends(run_dir: Path, restarts: int) -> int:
             if restarts:
                 print(f"gave up: {in_vain} attempts without a new checkpoint", file=sys.stderr)
             return code
+        lease.wait_until_free(run_dir)  # another launcher may have taken over meanwhile
         print(f"starting again ({in_vain} of {restarts} without a new checkpoint)", file=sys.stderr)
 
 

@@ -57,8 +57,9 @@ def best(run_dir: Path) -> int | None:
     for step, folder in folders(run_dir).items():
         with contextlib.suppress(DamagedCheckpoint):
             evaluated = read(folder).get("eval_loss")
-            if evaluated:
-                losses[step] = next(iter(evaluated.values()))
+            first = next(iter(evaluated.values())) if evaluated else None
+            if first is not None:  # it is where the loss was not finite
+                losses[step] = first
     return min(losses, key=losses.__getitem__, default=None)
 
 
@@ -91,6 +92,9 @@ def read(folder: Path) -> dict[str, Any]:
     if f"{hashlib.sha256(text).hexdigest()}  {NAME}\n".encode() != expected:
         raise DamagedCheckpoint(f"{folder / NAME}: not what was written (see {CHECKSUM})")
     manifest: dict[str, Any] = json.loads(text)
+    for name in map(Path, manifest["files"]):
+        if name.is_absolute() or ".." in name.parts:
+            raise DamagedCheckpoint(f"{folder / NAME}: {name} is not within the folder")
     if manifest["format"] != FORMAT:
         raise DamagedCheckpoint(
             f"{folder}: format {manifest['format']}; this dist_sft reads {FORMAT}"
@@ -116,10 +120,15 @@ def problems(
     return found
 
 
-def check_all(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read every byte of a checkpoint; return its manifest, empty if unreadable, and problems."""
+def check(folder: Path, level: Level) -> tuple[dict[str, Any], list[str]]:
+    """Look at all files of a checkpoint; return its manifest, empty if unreadable, and problems."""
     try:
         content = read(folder)
     except DamagedCheckpoint as error:
         return {}, [str(error)]
-    return content, problems(folder, content, content["files"], "sha256")
+    return content, problems(folder, content, content["files"], level)
+
+
+def check_all(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read every byte of a checkpoint, as `check` does."""
+    return check(folder, "sha256")

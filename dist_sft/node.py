@@ -331,6 +331,8 @@ def main() -> int:
             )
         if attempt is None:
             lease.wait_until_free(run_dir)
+            if not arguments.claim:  # a scheduler may claim, and must not undo a person's stop
+                (run_dir / "STOP").unlink(missing_ok=True)
             attempt = runs.start_attempt(run_dir)
         if arguments.claim:
             print(attempt)

@@ -21,7 +21,8 @@ def read_steps(metrics: Path) -> list[Line]:
     A step that was computed again after a crash appears twice; the last line of the last attempt
     counts, whatever an older one that was left alive still writes. Half a line, which a killed
     attempt may leave, is passed over, and so are steps that taught nothing: they were left out as
-    they were not finite, or the run went back over them.
+    they were not finite, or the run went back over them. So are steps of older attempts that the
+    newest one has not reached.
     """
     steps: dict[int, Line] = {}
     rollbacks = read_rollbacks(metrics.parent)
@@ -31,10 +32,14 @@ def read_steps(metrics: Path) -> list[Line]:
             known = steps.get(line["step"], line)
             if "event" not in line and line["attempt"] >= known["attempt"]:
                 steps[line["step"]] = line
+    newest = max((line["attempt"] for line in steps.values()), default=0)
+    last = max((n for n, line in steps.items() if line["attempt"] == newest), default=0)
     return [
         line
         for number, line in sorted(steps.items())
-        if line["loss"] is not None and not any(back.covers(number) for back in rollbacks)
+        if number <= last
+        and line["loss"] is not None
+        and not any(back.covers(number) for back in rollbacks)
     ]
 
 

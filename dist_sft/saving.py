@@ -61,7 +61,7 @@ class Saver:
         """Tell whether this rank has done its part of the checkpoint that is under way."""
         return self._saving is not None and self._saving.is_written
 
-    def save(self, step: int, evaluated: dict[str, float] | None = None) -> None:
+    def save(self, step: int, evaluated: dict[str, float | None] | None = None) -> None:
         """Begin to save the state after `step`, when the checkpoint before is finished."""
         self.finish()
         self._beat("saving")

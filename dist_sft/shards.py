@@ -74,15 +74,14 @@ def frozen(engine: Engine) -> list[str]:
 
 
 def owned(engine: Engine) -> Iterator[Fragment]:
-    """Yield this rank's share, in float32; all ranks together own every element once."""
+    """Yield this rank's share; all ranks together own every element once."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for whole in _replicated(engine):
         size = -(-len(whole.tensors["fp32"]) // world)
-        pieces = {k: t[rank * size :][:size].float() for k, t in whole.tensors.items()}
+        pieces = {k: t[rank * size :][:size] for k, t in whole.tensors.items()}
         if len(pieces["fp32"]):
             yield Fragment(whole.name, rank * size, pieces)
-    for fragment in _divided(engine):
-        yield fragment._replace(tensors={k: t.float() for k, t in fragment.tensors.items()})
+    yield from _divided(engine)
 
 
 def held(engine: Engine) -> Iterator[Fragment]:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,14 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         if place.rank == 0:
             checkpoint.remove_leftovers(run_dir)
 
+        rollbacks: list[Rollback] = world.from_rank_0(
+            read_rollbacks(run_dir) if place.rank == 0 else None
+        )
+
+        def passed(step: int) -> bool:
+            """Tell whether the run went back over a step."""
+            return any(rollback.covers(step) for rollback in rollbacks)
+
         trusting = bool(launch.options.get("trust_checkpoint"))
         done = restore_newest(
             run_dir,
@@ -145,8 +153,14 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             recipe.checkpoint.verify,
             console,
             trusting=trusting,
+            ruled_out=passed,
             allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
         )
+        if done > total:
+            raise UserError(
+                f"train.steps, train.epochs: the newest checkpoint is of step {done}, and the run "
+                f"would end at step {total}. Ask for more, or give another run_dir"
+            )
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
         metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
@@ -193,14 +207,14 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             by = stop.reason or "another rank"
             return Outcome(runs.STOPPED, f"stopped by {by} after step {step}{lost}", step)
 
-        def evaluation() -> dict[str, float] | None:
+        def evaluation() -> dict[str, float | None] | None:
             """Return the loss of every evaluation set by name; None where a stop cut it short."""
-            losses = {}
+            losses: dict[str, float | None] = {}
             for name, held_out in eval_feeders.items():
                 value = evaluate(engine, held_out, agree, place.device, heart.beat)
                 if value is None:
                     return None
-                losses[name] = value
+                losses[name] = finite(value)
             return losses
 
         def tell(line: dict[str, Any]) -> None:
@@ -214,6 +228,11 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             plan, train_set.lengths, place.world, budget, packed=packed, steps=total,
             max_steps_looked_at=20,
         )  # fmt: skip
+        for rollback in rollbacks:
+            console.say(
+                f"steps {rollback.checkpoint + 1} to {rollback.step} are passed over, as the run "
+                "went back over them (rollbacks.json)"
+            )
         console.say(
             f"training steps {done + 1} to {total}, {plan.steps_per_epoch} per epoch, in {dtype}; "
             f"workers: {place.world}; token efficiency {outlook.token_efficiency:.0%}, "
@@ -222,24 +241,27 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         console.start(total, done)
         clock = Clock(place.device, heart.beat)
         guard = Guard(recipe.train.on_divergence, recipe.train.max_skipped_steps)
-        rollbacks: list[Rollback] = world.from_rank_0(
-            read_rollbacks(run_dir) if place.rank == 0 else None
-        )
 
         def roll_back(step: int, reason: str) -> None:
-            """Go back to the newest checkpoint; the steps up to this one count for nothing."""
+            """Go back to the newest checkpoint that has not failed; the steps since are lost."""
             saver.finish()
             saver.close()
+            heart.beat("loading")
             target = checkpoint.newest_good(
-                run_dir, recipe.checkpoint.verify, console.say, trusting=trusting
+                run_dir,
+                recipe.checkpoint.verify,
+                console.say,
+                trusting=trusting,
+                ruled_out=(lambda step: step == rollbacks[-1].checkpoint or passed(step))
+                if rollbacks
+                else passed,
             )
             if target is None:
-                raise Diverged(f"{reason}; there is no checkpoint to go back to. {ADVICE}")
-            in_vain = rollbacks and rollbacks[-1].checkpoint == target
-            if in_vain and step - rollbacks[-1].step == recipe.train.max_skipped_steps + 1:
-                raise Diverged(f"{reason}; going back to step {target} has not helped. {ADVICE}")
+                older = "older " if rollbacks else ""
+                raise Diverged(f"{reason}; there is no {older}checkpoint to go back to. {ADVICE}")
             rollbacks.append(Rollback(target, step))
             if place.rank == 0:
+                checkpoint.check_newest(run_dir, attempt)
                 record_rollback(run_dir, rollbacks[-1], attempt, reason)
             checkpoint.restore(manifest.folder_of(run_dir, target), engine)
             console.say(f"went back to step {target}; steps {target + 1} to {step} do not count")
@@ -253,7 +275,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             tell(owed | {"eval_loss": evaluated})
         evaluated = {}
         for step in range(done + 1, total + 1):
-            if any(rollback.covers(step) for rollback in rollbacks):
+            if passed(step):
                 continue
             began = time.perf_counter()
             heart.step = step
@@ -297,7 +319,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             lengths = train_set.lengths[samples]
             line: dict[str, Any] = {
                 "step": step,
-                "loss": finite(loss),
+                "loss": loss if verdict == "taken" else None,
                 "lr": rate,
                 "grad_norm": finite(grad_norm),
                 "examples": len(samples),
@@ -329,6 +351,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 "from the one before"
             )
         if place.rank == 0:
+            checkpoint.check_newest(run_dir, attempt)
             export(manifest.folder_of(run_dir, total), run_dir / "model", dtype)
             steps = report.read_steps(run_dir / "metrics.jsonl")
             report.draw_loss(steps, run_dir / "loss.png")
@@ -393,6 +416,7 @@ def restore_newest(
     console: Console,
     *,
     trusting: bool,
+    ruled_out: Callable[[int], bool],
     allowed: Collection[str],
 ) -> int:
     """Load the newest good checkpoint, if there is one; return the step to go on from.
@@ -400,8 +424,16 @@ def restore_newest(
     Raises UserError where it was trained on other data, for the order of rows would be another one,
     or began from another model, unless a person has `allowed` that.
     """
-    newest = checkpoint.newest_good(run_dir, level, console.say, trusting=trusting)
+    newest = checkpoint.newest_good(
+        run_dir, level, console.say, trusting=trusting, ruled_out=ruled_out
+    )
     if newest is None:
+        if world.from_rank_0(bool(manifest.folders(run_dir))):
+            raise UserError(
+                f"all checkpoints in {run_dir}/checkpoints are of steps that the run went back "
+                "over (rollbacks.json). Put the one that it went back to in its place, or give "
+                "another run_dir to start anew"
+            )
         return 0
     folder = manifest.folder_of(run_dir, newest)
     saved = manifest.read(folder)
@@ -421,7 +453,7 @@ def describe(line: dict[str, Any]) -> str:
     loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
     text = f"loss {loss}  lr {line['lr']:.2e}  {line['tokens'] / line['seconds']:,.0f} tokens/s"
     for name, loss in line.get("eval_loss", {}).items():
-        text += f"  {name} {loss:.4f}"
+        text += f"  {name} " + ("not finite" if loss is None else f"{loss:.4f}")
     return text
 
 

@@ -303,7 +303,8 @@ def test_a_finished_run_says_so(setup: Setup, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     assert setup.launch() == runs.FINISHED
     assert capsys.readouterr().out == (
-        f"{setup.run_dir} is finished already; for another run give another run_dir\n"
+        f"{setup.run_dir} is finished already; for another run give another run_dir, "
+        "for more of this one more steps (under a constant schedule)\n"
     )
     assert setup.launch("--dry-run") == runs.FINISHED
     assert "is finished already" in capsys.readouterr().out
