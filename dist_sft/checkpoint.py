@@ -333,13 +333,11 @@ def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
     """
     remove_leftovers(run_dir, ".step-*.old")
     found, best = manifest.folders(run_dir), manifest.best(run_dir)
+    # Damaged ones do not count: a run could be continued from those that stay.
     whole = [step for step, folder in found.items() if not manifest.check(folder, "size")[1]]
-    for step in found:
-        # Damaged ones do not count: what stays could be continued from.
-        if step in whole[:-keep] or (step not in whole and whole[-keep:] and step < whole[-1]):
-            if step == best or (keep_every and step % keep_every == 0):
-                continue
-            folder = manifest.folder_of(run_dir, step)
+    oldest = whole[-keep] if len(whole) > keep else 0
+    for step, folder in found.items():
+        if step < oldest and step != best and not (keep_every and step % keep_every == 0):
             folder.rename(folder.with_name(f".{folder.name}.old"))
     remove_leftovers(run_dir, ".step-*.old")
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
+from dist_sft import world
 from dist_sft.engine import DataParallelEngine, Engine, ZeroEngine
 from dist_sft.errors import UserError
 
@@ -34,11 +35,21 @@ class Fragment(NamedTuple):
 
 
 def check(engine: Engine) -> None:
-    """Raise UserError where this rank's state is not what its names say; call before training.
+    """Raise UserError on every rank where the state is not what its names say; call at the start.
 
     Master weights begin as copies of the weights that the model computes with. Where they differ,
     this is a layout that DeepSpeed itself, or this file, reads wrongly: better now than in a save.
     """
+    wrong = world.gather(list(_misread(engine)))
+    if wrong:
+        raise UserError(
+            f"deepspeed: {wrong[0]}, so a checkpoint would be wrong; try a sharding without "
+            "settings of its own, such as zero2"
+        )
+
+
+def _misread(engine: Engine) -> Iterator[str]:
+    """Say what is wrong with this rank's fragments, before the first step."""
     parameters = dict(engine.module.named_parameters())
     for name, start, tensors in held(engine):
         parameter: Any = parameters[name]
@@ -47,17 +58,11 @@ def check(engine: Engine) -> None:
             weights = parameter.ds_tensor.data[: len(masters)]
         else:
             weights = parameter.data.view(-1)[start : start + len(masters)]
-        kept = {key for key, tensor in tensors.items() if tensor.dtype != torch.float32}
-        if kept and parameter.requires_grad:
-            raise UserError(
-                f"deepspeed: {', '.join(sorted(kept))} of {name} are not float32, which no "
-                "checkpoint can hold; leave out what is unusual in the sharding file"
-            )
+        if parameter.requires_grad:
+            for key in sorted(k for k, t in tensors.items() if t.dtype != torch.float32):
+                yield f"{key} of {name} is {tensors[key].dtype} and not float32"
         if not torch.equal(weights, masters.to(weights)):
-            raise UserError(
-                f"deepspeed: the master weights of {name} are not what the model computes with, so "
-                "a checkpoint would be wrong; leave out what is unusual in the sharding file"
-            )
+            yield f"the master weights of {name} are not those that the model computes with"
 
 
 def parameter_shapes(engine: Engine) -> dict[str, list[int]]:
@@ -75,9 +80,9 @@ def frozen(engine: Engine) -> list[str]:
 
 def owned(engine: Engine) -> Iterator[Fragment]:
     """Yield this rank's share; all ranks together own every element once."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     for whole in _replicated(engine):
-        size = -(-len(whole.tensors["fp32"]) // world)
+        size = -(-len(whole.tensors["fp32"]) // ranks)
         pieces = {k: t[rank * size :][:size] for k, t in whole.tensors.items()}
         if len(pieces["fp32"]):
             yield Fragment(whole.name, rank * size, pieces)
@@ -140,13 +145,13 @@ def _stage_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
 
 
 def _stage_3(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    # Rank r holds elements [r * c, (r + 1) * c) of a parameter, c = ceil(n / world), padded.
-    rank, world = dist.get_rank(), dist.get_world_size()
+    # Rank r holds elements [r * c, (r + 1) * c) of a parameter, c = ceil(n / ranks), padded.
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         moments = _moments(zero.optimizer, flat)
         offset = 0
         for parameter in group:
-            share = -(-parameter.ds_numel // world)
+            share = -(-parameter.ds_numel // ranks)
             real = min(share, parameter.ds_numel - rank * share)
             if real > 0:
                 tensors = {"fp32": flat.data, **moments}
@@ -156,10 +161,10 @@ def _stage_3(zero: Any, names: dict[int, str]) -> Iterator[Fragment]:
 
 
 def _frozen_in_stage_3(engine: Engine) -> Iterator[Fragment]:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
-            share = -(-parameter.ds_numel // world)
+            share = -(-parameter.ds_numel // ranks)
             real = min(share, parameter.ds_numel - rank * share)
             if real > 0:
                 piece = parameter.ds_tensor.data.narrow(0, 0, real)

@@ -105,7 +105,7 @@ def make_rows() -> list[Row]:
     return rows
 
 
-def make_model(folder: Path, *, tied: bool) -> Path:
+def make_model(folder: Path, *, tied: bool, seed: int = SEED) -> Path:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -117,7 +117,7 @@ def make_model(folder: Path, *, tied: bool) -> Path:
         tie_word_embeddings=tied,
         initializer_range=0.1,  # large enough for attention to matter at once
     )
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

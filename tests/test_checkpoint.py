@@ -152,6 +152,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Save and load everything on two ranks, then load on one and on three."""
     folder = tmp_path_factory.mktemp("checkpoints")
     models = {n: make_model(folder / n, tied=n == "tied") for n in ("tied", "untied")}
+    # Whoever loads begins with other weights: what is not loaded, frozen ones too, would show.
+    others = {n: make_model(folder / f"other-{n}", tied=n == "tied", seed=1) for n in models}
     for name in (cell.model for cell in OTHERS):
         models[name] = folder / name
         other = tiny_model(name, vocab_size=VOCABULARY)
@@ -170,6 +172,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         tasks = [
             {
                 "cell": cell._asdict(),
+                "model": str(models[cell.model] if save else others[cell.model]),
                 "folder": str(folder / str(saver)),
                 "save": save,
                 "state": str(path),

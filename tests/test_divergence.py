@@ -71,3 +71,17 @@ def test_a_rollback_is_remembered_and_its_steps_count_for_nothing(tmp_path: Path
     lines = [{"attempt": 0, "step": s, "loss": None if s == 7 else 1.0} for s in range(1, 9)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [line["step"] for line in read_steps(tmp_path / "metrics.jsonl")] == [1, 2, 5, 8]
+
+
+def test_steps_of_an_older_attempt_that_the_newest_has_not_reached_are_left_out(
+    tmp_path: Path,
+) -> None:
+    lines = [{"attempt": 0, "step": s, "loss": 1.0} for s in range(1, 10)]
+    lines += [{"attempt": 1, "step": s, "loss": 2.0} for s in (5, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    steps = read_steps(tmp_path / "metrics.jsonl")
+    assert [(x["step"], x["attempt"]) for x in steps] == [
+        *((s, 0) for s in range(1, 5)),
+        (5, 1),
+        (6, 1),
+    ]

@@ -47,6 +47,30 @@ def test_nothing_evaluated_has_no_best(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no checkpoint was evaluated" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    make(tmp_path, {1: 3.0, 2: 2.0})
+    folder = manifest.folder_of(tmp_path, 3)
+    folder.mkdir()
+    unknown = {"held_out": None, "other": 1.0}
+    manifest.write(folder, {"format": manifest.FORMAT, "files": {}, "eval_loss": unknown})
+    assert manifest.best(tmp_path) == 2
+
+
+def test_damaged_checkpoints_do_not_count_when_old_ones_go(tmp_path: Path) -> None:
+    make(tmp_path, dict.fromkeys((1, 2, 3, 4, 5)))
+    for damaged in (2, 4):
+        (manifest.folder_of(tmp_path, damaged) / manifest.NAME).unlink()
+    checkpoint.prune(tmp_path, 2)
+    assert kept(tmp_path) == [3, 4, 5], "two good ones stay, and what lies between them"
+
+
+def test_names_that_lead_out_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    for name in ("../../elsewhere", "/elsewhere", "model/../../elsewhere"):
+        manifest.write(tmp_path, {"format": manifest.FORMAT, "files": {name: {}}})
+        with pytest.raises(manifest.DamagedCheckpoint, match="is not within the folder"):
+            manifest.read(tmp_path)
+
+
 def test_what_a_killed_pruning_left_is_in_nobodys_way(tmp_path: Path) -> None:
     make(tmp_path, {1: None, 2: None, 3: None})
     old = tmp_path / "checkpoints" / ".step-00000001.old"

@@ -181,6 +181,18 @@ def test_the_folder_of_another_recipe_is_refused(finished: tuple[Path, Path, str
     assert (run_dir / "config.json").read_text() == before
 
 
+def test_fewer_steps_than_were_taken_are_refused(
+    finished: tuple[Path, Path, str], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[1], run_dir)
+    (run_dir / "logs/attempt-0/outcome.json").unlink()
+    code, _, err = run(write(recipe, run_dir), "train.steps=3", "--allow-change=train.steps")
+    assert code == 2
+    assert "the newest checkpoint is of step 7, and the run would end at step 3" in err
+    assert list(manifest.folders(run_dir)) == [6, 7]
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, None], ids=["USR1", "STOP file"])
 def test_stopped_and_continued_is_bit_identical(
     number: signal.Signals | None,

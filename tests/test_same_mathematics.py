@@ -215,8 +215,9 @@ BROKEN = (
     Cell("zero2", fault="world size left out", steps=2),
     Cell("zero1", fault="attention mask of ones", steps=2),
     Cell("zero2", fault="boundary always", steps=2),
-    Cell("zero2", fault="boundary never", steps=2),
     Cell("zero2", fault="round robin", steps=2),
+    # The last: it leaves one rank in a collective until the other one ends.
+    Cell("zero2", fault="boundary never", steps=2),
 )
 
 
@@ -251,7 +252,7 @@ def test_comparison_notices_what_is_left_out(
     if cell.fault == "boundary never":  # DeepSpeed refuses to hand out a gradient
         assert "Gradients are only available immediately after backward" in result["error"]
     elif cell.fault == "round robin":  # DeepSpeed gives master weights to the wrong parameters
-        assert "are not what the model computes with" in result["error"]
+        assert "are not those that the model computes with" in result["error"]
     else:
         assert differences(result, problem.references[cell.model])["gradient"] > 100 * TOLERANCE
 

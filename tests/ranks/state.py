@@ -1,9 +1,10 @@
 """One rank of `test_checkpoint.py`: save runs, or load what others saved, in one process group.
 
 python state.py JOB.json OUT.json: see `cells.py` for the job. Each of its `tasks` has a `cell`, the
-`folder` of a run and whether to `save`. Saving trains to step SAVED, saves while it goes on, and
-exports; loading starts at the checkpoint and goes on. Rank 0 writes the losses of the steps after
-SAVED, and the whole state through the libraries' own functions, as it was saved or loaded.
+`folder` of a run, the `model` to begin with and whether to `save`. Saving trains to step SAVED,
+saves while it goes on, and exports; loading starts at the checkpoint and goes on. Rank 0 writes the
+losses of the steps after SAVED, and the whole state through the libraries' own functions, as it was
+saved or loaded.
 """
 
 import gc
@@ -53,7 +54,9 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def perform(job: SimpleNamespace, task: SimpleNamespace) -> list[float]:
-    run, run_dir = Run(job, SimpleNamespace(**task.cell)), Path(task.folder)
+    cell, run_dir = SimpleNamespace(**task.cell), Path(task.folder)
+    job.models[cell.model] = task.model
+    run = Run(job, cell)
     folder = manifest.folder_of(run_dir, SAVED)
     if task.save:
         if run.recipe.model.dtype == "float16":
