@@ -26,7 +26,7 @@ from dist_sft.model import DTYPES
 from dist_sft.pieces import Reader
 
 PROGRAM = Path(__file__).parent / "ranks" / "state.py"
-pytestmark = pytest.mark.timeout(900)  # three process groups, started by whichever test is first
+pytestmark = pytest.mark.timeout(1800)  # three process groups, started by whichever test is first
 STATE_KEYS = {"fp32", "exp_avg", "exp_avg_sq"}
 SHARDINGS = (None, "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 EXACT = tuple(
@@ -56,11 +56,9 @@ ODD = tuple(
     Cell(f"odd-zero{stage}", dtype=dtype, model=model, freeze=freeze)
     for stage, dtype, model, freeze in (
         (1, "float32", "tied", ()),
-        (1, "bfloat16", "untied", FREEZE),
-        (2, "float32", "untied", FREEZE),
-        (2, "bfloat16", "tied", ()),
+        (2, "bfloat16", "untied", FREEZE),
         (3, "float32", "untied", FREEZE),
-        (3, "bfloat16", "tied", FREEZE),
+        (3, "bfloat16", "tied", ()),
     )
 )
 FP16 = tuple(Cell(sharding, dtype="float16") for sharding in ("zero1", "zero2", "zero3"))
@@ -181,7 +179,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         ]
         (here / "job.json").write_text(json.dumps(make_job(here, models, (), tasks=tasks)))
         arguments = (here / "job.json", here / "out.json")
-        run_ranks(PROGRAM, *arguments, world=world, log_dir=here, seconds=280)
+        run_ranks(PROGRAM, *arguments, world=world, log_dir=here, seconds=600)
         losses = json.loads((here / "out.json").read_text())
         found = [outcome(path, x) for path, x in zip(states, losses, strict=True)]
         saved |= dict(zip(CELLS + OTHERS, found[: len(savings)], strict=False))
