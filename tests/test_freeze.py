@@ -108,7 +108,7 @@ def test_what_is_frozen_decides_what_is_learned() -> None:
     old = config.check(tree, "here")
     new = config.check(tree | {"model": {"path": "m", "freeze": [HEAD]}}, "here")
     assert config.difference(old, new) == {"model.freeze.0": f'(not set) -> "{HEAD}"'}
-    assert not config.may_change("model.freeze.0")
+    assert not config.may_change("model.freeze.0", old, new)
     assert old.fingerprint() != new.fingerprint()
 
 
