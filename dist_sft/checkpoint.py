@@ -14,6 +14,7 @@ read back by range, never unpickled; every byte is checked against the manifest 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -92,7 +93,7 @@ class Saving:
         `facts` are kept in the manifest; `write_model(folder)` writes config and tokenizer; `mode`
         says who may read. Without a `snapshot`, the state must not change before `finish`.
         """
-        self._run_dir, self._attempt, self._mode = run_dir, attempt, mode
+        self._run_dir, self._attempt, self._mode = run_dir, attempt, MODES[mode]
         self.step = step
         self.final = manifest.folder_of(run_dir, step)
         self._temporary = self.final.with_name(f".{self.final.name}.attempt-{attempt}.tmp")
@@ -108,18 +109,21 @@ class Saving:
         self._written: dict[str, Any] = {}
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
-        rank_0 = dist.get_rank() == 0
         # One rank looks: file systems may show ranks different things, and all must do the same.
-        self.is_there = bool(world.from_rank_0(self.final.exists() if rank_0 else None))
+        self.is_there = world.on_rank_0(self._make_room)
         """The step is saved already; nothing is done."""
         if self.is_there:
             return
-        if rank_0:
-            shutil.rmtree(self._temporary, ignore_errors=True)
         self._fragments = snapshot.take(engine) if snapshot else list(shards.owned(engine))
         self._write_model = write_model
-        dist.barrier()
         self._thread.start()
+
+    def _make_room(self) -> bool:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        try:
+            return self.final.exists()
+        except OSError:  # writing will say what is wrong
+            return False
 
     @property
     def is_written(self) -> bool:
@@ -131,10 +135,11 @@ class Saving:
         try:
             self._temporary.mkdir(MODES["private"], parents=True, exist_ok=True)
             file = f"rank-{rank:05d}.safetensors"
-            self._written[file] = _write_state(self._temporary / file, self._fragments)
+            path = self._temporary / file
+            self._written[file] = _write_state(path, self._fragments, self._mode & 0o666)
             if rank == 0:
                 self._write_model(self._temporary / "model")
-                self._written |= _describe_files(self._temporary, "model")
+                self._written |= _describe_files(self._temporary, "model", self._mode)
         except Exception as error:  # a rank that left here would let the others wait for its vote
             self._failure = f"rank {rank}: {error}"
 
@@ -144,50 +149,42 @@ class Saving:
         Raises SaveFailed on every rank where one cannot write, and nothing is left behind; raises
         SupersededError where a newer attempt than this one works on the run.
         """
-        rank = dist.get_rank()
-        everyone: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
+        everyone: list[Any] | None = None
         if not self.is_there:
             self._thread.join()
+            if dist.get_rank() == 0:
+                everyone = [None] * dist.get_world_size()
             # What every rank has written is also its vote.
             dist.gather_object((self._failure, self._written), everyone)
-        failures: list[str] = []
-        superseded = None
-        if rank == 0:
-            try:
-                check_newest(self._run_dir, self._attempt)
-                if not self.is_there:
-                    failures = self._commit(everyone or [])
-            except SupersededError as error:
-                superseded = str(error)
-            except Exception as error:  # the others wait to hear of it
-                failures = [f"rank 0: {error}"]
-        failures, superseded = world.from_rank_0((failures, superseded))
-        if rank == 0 and (failures or superseded):
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        if superseded:
-            raise SupersededError(superseded)
-        if failures:
-            raise SaveFailed(
-                f"the checkpoint of step {self.step} cannot be saved: {'; '.join(failures)}"
-            )
+        world.on_rank_0(lambda: self._conclude(everyone))
         return self.final
 
-    def _commit(self, everyone: list[Any]) -> list[str]:
-        """Write the manifest and give the folder its name; return why not, where a rank failed."""
+    def _conclude(self, everyone: list[Any] | None) -> None:
+        """Commit, or discard; `everyone` holds (failure, files) of each rank."""
+        try:
+            check_newest(self._run_dir, self._attempt)
+            if everyone is not None:
+                self._commit(everyone)
+        except Exception as error:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            if isinstance(error, SupersededError):
+                raise
+            raise SaveFailed(
+                f"the checkpoint of step {self.step} cannot be saved: {error}"
+            ) from error
+
+    def _commit(self, everyone: list[Any]) -> None:
+        """Write the manifest and give the folder its name, where every rank has done its part."""
         failures = [said for said, _ in everyone if said]
         if failures:
-            return failures
+            raise RuntimeError("; ".join(failures))
         files = {name: entry for _, part in everyone for name, entry in part.items()}
-        manifest.write(self._temporary, self._content | {"files": files})
-        mode = MODES[self._mode]
-        for path in self._temporary.rglob("*"):
-            path.chmod(mode if path.is_dir() else mode & 0o666)
-        self._temporary.chmod(mode)
+        manifest.write(self._temporary, self._content | {"files": files}, self._mode & 0o666)
+        self._temporary.chmod(self._mode)
         once.sync(self._temporary)
         check_newest(self._run_dir, self._attempt)  # again: the rest took its time
         self._temporary.rename(self.final)
         once.sync(self.final.parent)
-        return []
 
 
 def check_newest(run_dir: Path, attempt: int) -> None:
@@ -196,7 +193,7 @@ def check_newest(run_dir: Path, attempt: int) -> None:
         raise SupersededError(f"a newer attempt works on {run_dir}; attempt {attempt} ends unsaved")
 
 
-def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
+def _write_state(path: Path, fragments: Iterable[Fragment], mode: int) -> dict[str, Any]:
     """Write this rank's share as safetensors, a tensor at a time; return its manifest entry.
 
     The format: 8 bytes with the header's length, a JSON header, then the tensors' bytes
@@ -216,6 +213,7 @@ def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
+        os.fchmod(stream.fileno(), mode)
         file = HashingFile(stream)
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -226,10 +224,11 @@ def _write_state(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     return {"size": size, "sha256": digest, "pieces": pieces}
 
 
-def _describe_files(folder: Path, under: str) -> dict[str, Any]:
+def _describe_files(folder: Path, under: str, mode: int) -> dict[str, Any]:
     """Flush what libraries wrote; return its manifest entries."""
     entries = {}
-    for path in sorted((folder / under).rglob("*")):
+    for path in sorted((folder / under, *(folder / under).rglob("*"))):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
         once.sync(path)
         if path.is_file():
             name = path.relative_to(folder).as_posix()
@@ -250,22 +249,30 @@ def newest_good(
     Each rank checks its part of the files. Damaged ones are passed over, with a line that says what
     is wrong, and renamed once a good one is found. None where there are no checkpoints at all.
     Raises UserError where there are some and none is good: to begin anew would look like going on;
-    and, unless `trusting`, for a checkpoint that somebody else may have changed. Steps that are
-    `ruled_out` are not looked at.
+    and, unless `trusting`, for a checkpoint that somebody else may have changed. Raises
+    RuntimeError where one cannot be read, which may pass: going on from an older one would throw
+    steps away. Steps that are `ruled_out` are not looked at.
     """
-    found = world.from_rank_0(list(manifest.folders(run_dir)))  # ranks may see different things
-    found = [step for step in found if not ruled_out(step)]
+    # Ranks may see different things.
+    found = world.on_rank_0(lambda: [s for s in manifest.folders(run_dir) if not ruled_out(s)])
+    part = slice(dist.get_rank(), None, dist.get_world_size())
     damaged: list[Path] = []
     for step in reversed(found):
         folder = manifest.folder_of(run_dir, step)
-        wrong = list(dict.fromkeys(world.gather(_my_problems(folder, level))))
+        wrong = list(dict.fromkeys(world.gather(manifest.check(folder, level, part)[1])))
         if not wrong:
             if not trusting:
                 _refuse_untrusted(folder)
-            _set_aside(damaged)
-            return int(step)
-        damaged.append(folder)
+            world.on_rank_0(lambda: _set_aside(damaged))
+            return step
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        unreadable = [problem for problem in wrong if problem.unreadable]
+        if unreadable:
+            raise RuntimeError(
+                f"the checkpoint of step {step} cannot be read: {unreadable[0]}{more}. Once it "
+                f"can, the same command continues from it; without {folder}, from an older one"
+            )
+        damaged.append(folder)
         say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
     if found:
         raise UserError(
@@ -276,7 +283,7 @@ def newest_good(
 
 
 def _refuse_untrusted(folder: Path) -> None:
-    doubt = world.from_rank_0(manifest.untrusted(folder) if dist.get_rank() == 0 else None)
+    doubt = world.on_rank_0(lambda: manifest.untrusted(folder))
     if doubt:
         raise UserError(
             f"{doubt}: its owner could make this run load anything. If you trust them, launch "
@@ -284,21 +291,10 @@ def _refuse_untrusted(folder: Path) -> None:
         )
 
 
-def _my_problems(folder: Path, level: manifest.Level) -> list[str]:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    try:
-        content = manifest.read(folder)
-    except manifest.DamagedCheckpoint as error:
-        return [str(error)]
-    return manifest.problems(folder, content, sorted(content["files"])[rank::ranks], level)
-
-
 def _set_aside(damaged: list[Path]) -> None:
     """Rename them: else their steps would not be saved again, and pruning would count them."""
-    if dist.get_rank() == 0:
-        for folder in damaged:
-            folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
-    dist.barrier()
+    for folder in damaged:
+        folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
 
 
 def restore(folder: Path, engine: Engine) -> None:

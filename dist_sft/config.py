@@ -252,9 +252,11 @@ class Watchdog(Section):
     """When a run counts as hung: its ranks are ended, with their stacks in the logs."""
 
     seconds: Annotated[float, Field(gt=0)] | None = 1800.0
-    """Seconds without progress within a step or an evaluation; null: never."""
+    """Seconds without progress within a step or an evaluation, or as a stopped process anywhere;
+    null: never."""
     slow_seconds: Annotated[float, Field(gt=0)] | None = 7200.0
-    """The same while a model is loaded, saved or exported."""
+    """The same while a model is loaded, saved or exported, and what a stop may take. Before that,
+    while a model is fetched and data are encoded, there is no limit."""
 
 
 class Recipe(Section):

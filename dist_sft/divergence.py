@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,13 +33,27 @@ class Diverged(RuntimeError):
     """Report a loss or gradient that is not finite."""
 
 
+class Streaks(TypedDict):
+    """How many steps in a row, up to now, were not taken."""
+
+    skipped: int
+    overflows: int
+
+
 class Guard:
     """Judge every step; remember how many in a row were not taken."""
 
-    def __init__(self, policy: Policy, max_skipped: int) -> None:
+    def __init__(self, policy: Policy, max_skipped: int, before: Streaks | None = None) -> None:
+        """Go on from the streaks that were under way `before`."""
         self._policy = policy
         self._max_skipped = max_skipped
-        self._overflows = self._skipped = 0
+        self._skipped = before["skipped"] if before else 0
+        self._overflows = before["overflows"] if before else 0
+
+    @property
+    def streaks(self) -> Streaks:
+        """Return what a checkpoint has to remember, for a stop must not make a streak shorter."""
+        return {"skipped": self._skipped, "overflows": self._overflows}
 
     def judge(
         self,

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dist_sft.errors import UserError
-from dist_sft.runs import write_atomically
+from dist_sft.runs import attempt_dir, attempts, start_attempt, write_atomically
 
 NAME = "lease.json"
 HEARTBEAT_SECONDS = 3.0
@@ -73,49 +73,76 @@ def read(run_dir: Path) -> Lease | None:
         ) from None
 
 
-def wait_until_free(run_dir: Path, say: Callable[[str], None] = print) -> None:
-    """Return once no other launcher works on the run; raise UserError where one does."""
+def wait_until_free(run_dir: Path, say: Callable[[str], None] = print) -> Lease | None:
+    """Return once no other launcher works on the run; raise UserError where one does.
+
+    What is returned is the lease that was left behind: `claim` takes the run only as it is now.
+    """
     lease = read(run_dir)
     if lease is None or is_gone(lease.owner):
-        return
+        return lease
     say(f"{run_dir} belongs to {lease.owner}; watching for {EXPIRY_SECONDS:.0f} s if it is alive")
     deadline = time.monotonic() + EXPIRY_SECONDS
     while time.monotonic() < deadline:
         now = read(run_dir)
         if now is None:
-            return
+            return None
         if now != lease:
-            raise UserError(
-                f"run_dir: {run_dir} is in use by {now.owner} (attempt {now.attempt}). Stop that "
-                f"run first (`dist-sft stop {run_dir}`), or give another run_dir"
-            )
+            raise _in_use(run_dir, now)
         time.sleep(min(0.5, EXPIRY_SECONDS / 10))
     say(f"{lease.owner} shows no sign of life: taking over")
+    return lease
+
+
+def claim(run_dir: Path, seen: Lease | None) -> int:
+    """Claim the run's next attempt, where its lease still is as it was `seen`; return the number.
+
+    Raises UserError where another launcher was faster. Of two in the same instant the one with the
+    higher number stays, as the other finds out.
+    """
+    attempt = start_attempt(run_dir)
+    now = read(run_dir)
+    if now not in (None, seen):
+        attempt_dir(run_dir, attempt).rmdir()  # or it would fence the other one off
+        raise _in_use(run_dir, now)
+    _write(run_dir, Lease(Owner.me(), attempt, 0))
+    return attempt
+
+
+def _in_use(run_dir: Path, lease: Lease) -> UserError:
+    return UserError(
+        f"run_dir: {run_dir} is in use by {lease.owner} (attempt {lease.attempt}). Stop that "
+        f"run first (`dist-sft stop {run_dir}`), or give another run_dir"
+    )
+
+
+def _write(run_dir: Path, lease: Lease) -> None:
+    write_atomically(run_dir / NAME, json.dumps(asdict(lease)) + "\n")
 
 
 @contextlib.contextmanager
-def hold(run_dir: Path, attempt: int) -> Iterator[None]:
-    """Own the run within a block: renew the lease until the block ends, then remove it."""
-    owner, ended = Owner.me(), threading.Event()
+def hold(run_dir: Path, attempt: int) -> Iterator[threading.Event]:
+    """Own the run within a block: renew the lease until the block ends, then remove it.
 
-    def renew(heartbeat: int) -> None:
-        lease = Lease(owner, attempt, heartbeat)
-        write_atomically(run_dir / NAME, json.dumps(asdict(lease)) + "\n")
+    The event that the block gets is set when another launcher has taken over.
+    """
+    owner, ended, lost = Owner.me(), threading.Event(), threading.Event()
 
     def keep() -> None:
         heartbeat = 0
         while not ended.wait(HEARTBEAT_SECONDS):
             heartbeat += 1
             with contextlib.suppress(OSError, UserError):  # a full disk must not end the run
-                if not owns(run_dir, attempt):
-                    return  # somebody took over: the lease is theirs
-                renew(heartbeat)
+                if not owns(run_dir, attempt) and max(attempts(run_dir), default=0) > attempt:
+                    lost.set()
+                    return
+                _write(run_dir, Lease(owner, attempt, heartbeat))
 
-    renew(0)
+    _write(run_dir, Lease(owner, attempt, 0))
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield lost
     finally:
         ended.set()
         thread.join()

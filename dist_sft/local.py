@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
         if not options.prepare:
-            lease.wait_until_free(Path(recipe.run_dir))
+            seen = lease.wait_until_free(Path(recipe.run_dir))
         told = {
             "overrides": options.overrides,
             "allow_change": options.allow_change,
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"prepared {run_dir}")
             return runs.FINISHED
         (run_dir / "STOP").unlink(missing_ok=True)
-        return run_until_it_ends(run_dir, options.restarts)
+        return run_until_it_ends(run_dir, options.restarts, seen)
     except UserError as error:
         print(error, file=sys.stderr)
         return runs.WRONG_INPUT
@@ -99,20 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return runs.STOPPED
 
 
-def run_until_it_ends(run_dir: Path, restarts: int) -> int:
+def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) -> int:
     """Run attempts until one does not crash, or `restarts` in a row brought no new checkpoint."""
     in_vain = 0
     while True:
         before = list(manifest.folders(run_dir))
-        code = node.run(run_dir, runs.start_attempt(run_dir))
+        code = node.run(run_dir, lease.claim(run_dir, seen))
         if code != runs.FAILED:
             return code
         in_vain = in_vain + 1 if list(manifest.folders(run_dir)) == before else 1
         if in_vain > restarts:
             if restarts:
-                print(f"gave up: {in_vain} attempts without a new checkpoint", file=sys.stderr)
+                print(f"gave up after {restarts} restarts without a new checkpoint", file=sys.stderr)
             return code
-        lease.wait_until_free(run_dir)  # another launcher may have taken over meanwhile
+        seen = lease.wait_until_free(run_dir)  # another launcher may have taken over meanwhile
         print(f"starting again ({in_vain} of {restarts} without a new checkpoint)", file=sys.stderr)
 
 
@@ -120,7 +120,8 @@ def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:
     """Return exactly what a run would use: the resolved recipe and the workers' command line."""
     run_dir = Path(recipe.run_dir)
     attempt = max(runs.attempts(run_dir), default=-1) + 1
-    command = node.torchrun_command(run_dir, recipe.job, attempt, node.Group(1, workers))
+    group = node.Group(1, workers)
+    command = node.torchrun_command(run_dir, recipe.job, attempt, group, recipe.watchdog)
     threads = node.threads_for(recipe.threads_per_worker, workers, gpus)
     variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
     return (

@@ -12,9 +12,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dist_sft.digests import sha256
 from dist_sft.runs import write_atomically
@@ -24,13 +25,31 @@ NAME = "manifest.json"
 CHECKSUM = "manifest.sha256"
 
 Level = Literal["size", "sha256"]
+T = TypeVar("T")
 
-
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors that speak of a folder's content; others come from a file system that fails, and pass."""
+PAUSES = (0.5, 2.0)  # seconds before reading again after one of those
 _FOLDER = re.compile(r"step-(\d{8})")
 
 
 class DamagedCheckpoint(RuntimeError):
     """Report a checkpoint whose manifest is missing or is not what was written."""
+
+
+class UnreadableCheckpoint(DamagedCheckpoint):
+    """Report a checkpoint that may be whole, but cannot be read here and now."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a checkpoint."""
+
+    text: str
+    unreadable: bool = False
+    """The file may be whole, but cannot be read here and now."""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -74,21 +93,23 @@ def untrusted(folder: Path) -> str | None:
     return None
 
 
-def write(folder: Path, manifest: dict[str, Any]) -> None:
+def write(folder: Path, manifest: dict[str, Any], mode: int = 0o600) -> None:
     """Write the manifest and its checksum; every file that it names is on disk already."""
     text = json.dumps(manifest)
-    write_atomically(folder / NAME, text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    write_atomically(folder / CHECKSUM, f"{digest}  {NAME}\n")
+    for name, content in ((NAME, text), (CHECKSUM, f"{digest}  {NAME}\n")):
+        write_atomically(folder / name, content)
+        (folder / name).chmod(mode)
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Read a manifest that is what was written; raises DamagedCheckpoint."""
     try:
-        text = (folder / NAME).read_bytes()
-        expected = (folder / CHECKSUM).read_bytes()
-    except OSError as error:
+        text, expected = (_patiently((folder / x).read_bytes) for x in (NAME, CHECKSUM))
+    except MISSING as error:
         raise DamagedCheckpoint(f"{error.filename}: {error.strerror}") from None
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{error.filename}: {error.strerror}") from None
     if f"{hashlib.sha256(text).hexdigest()}  {NAME}\n".encode() != expected:
         raise DamagedCheckpoint(f"{folder / NAME}: not what was written (see {CHECKSUM})")
     manifest: dict[str, Any] = json.loads(text)
@@ -96,39 +117,62 @@ def read(folder: Path) -> dict[str, Any]:
         if name.is_absolute() or ".." in name.parts:
             raise DamagedCheckpoint(f"{folder / NAME}: {name} is not within the folder")
     if manifest["format"] != FORMAT:
-        raise DamagedCheckpoint(
+        raise UnreadableCheckpoint(
             f"{folder}: format {manifest['format']}; this dist_sft reads {FORMAT}"
         )
     return manifest
 
 
+def _patiently(read: Callable[[], T]) -> T:
+    """Read again after a pause where a file system fails, as in passing a server's restart."""
+    for seconds in PAUSES:
+        try:
+            return read()
+        except MISSING:
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
+
+
 def problems(
     folder: Path, manifest: dict[str, Any], names: Iterable[str], level: Level
-) -> list[str]:
+) -> list[Problem]:
     """List what is wrong with these files of a checkpoint; sizes are looked at always."""
     found = []
     for name in names:
         path, entry = folder / name, manifest["files"][name]
         try:
-            size = path.stat().st_size
+            size = _patiently(path.stat).st_size
             if size != entry["size"]:
-                found.append(f"{path}: {size} bytes, {entry['size']} were written")
-            elif level == "sha256" and sha256(path) != entry["sha256"]:
-                found.append(f"{path}: its content is not what was written (SHA-256)")
+                found.append(Problem(f"{path}: {size} bytes, {entry['size']} were written"))
+            elif level == "sha256" and _patiently(lambda: sha256(path)) != entry["sha256"]:  # noqa: B023
+                found.append(Problem(f"{path}: its content is not what was written (SHA-256)"))
         except OSError as error:
-            found.append(f"{path}: {error.strerror}")
+            unreadable = not isinstance(error, MISSING)
+            found.append(Problem(f"{path}: {error.strerror}", unreadable))
     return found
 
 
-def check(folder: Path, level: Level) -> tuple[dict[str, Any], list[str]]:
-    """Look at all files of a checkpoint; return its manifest, empty if unreadable, and problems."""
+def check(
+    folder: Path, level: Level = "sha256", part: slice = slice(None)
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Look at the files of a checkpoint; return its manifest, empty if unreadable, and problems.
+
+    `part` of the files, in the order of their names, by default all.
+    """
     try:
         content = read(folder)
     except DamagedCheckpoint as error:
-        return {}, [str(error)]
-    return content, problems(folder, content, content["files"], level)
+        return {}, [Problem(str(error), isinstance(error, UnreadableCheckpoint))]
+    return content, problems(folder, content, sorted(content["files"])[part], level)
 
 
-def check_all(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read every byte of a checkpoint, as `check` does."""
-    return check(folder, "sha256")
+def strangers(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """List files in a checkpoint's folder that its manifest does not name; nothing reads them."""
+    known = {NAME, CHECKSUM, *manifest["files"]}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).as_posix() not in known
+    )

@@ -107,17 +107,32 @@ class Collectives:
 
 
 class MetricsFile:
-    """Append lines to metrics.jsonl; each is on its way to disk before the next step begins."""
+    """Append lines to metrics.jsonl; each is on its way to disk before the next step begins.
 
-    def __init__(self, path: Path, attempt: int) -> None:
-        self._file: IO[str] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a killed attempt left half a line
-        self._attempt = attempt
+    A line that cannot be written, on a full disk for one, is lost, and `say` tells so once.
+    """
+
+    def __init__(self, path: Path, attempt: int, say: Callable[[str], None] = print) -> None:
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        # A killed attempt may have left half a line.
+        self._is_torn = self._file.tell() > 0 and not path.read_bytes().endswith(b"\n")
+        self._attempt, self._say = attempt, say
+        self._works = True
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"attempt": self._attempt, **values}) + "\n")
+        line = json.dumps({"attempt": self._attempt, **values}) + "\n"
+        text = ("\n" * self._is_torn + line).encode()
+        try:
+            written = self._file.write(text)
+            self._is_torn = written < len(text)
+            why = "the disk is full"
+        except OSError as error:
+            why = str(error.strerror)
+            written = 0
+        if written < len(text) and self._works:
+            self._say(f"metrics.jsonl cannot be written, lines are lost: {why}")
+        self._works = written == len(text)
 
     def close(self) -> None:
         """Close the file."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,13 +25,14 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from dist_sft import lease, runs
+from dist_sft.config import Watchdog as Limits
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
 from dist_sft.watchdog import FOLDER, Watchdog, state_of
 
-SHUTDOWN_SECONDS = 300  # what torchrun gives ranks to checkpoint after TERM; its default is 30
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
+NEVER = 10**6  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the ranks
 KILL_SECONDS = 10.0  # what the kernel gets to end a process; one that waits for a disk may stay
 WORDS_SECONDS = 5.0  # what node 0 gives others to say why they failed
@@ -46,8 +49,11 @@ class Group:
     port: int | None = None
 
 
-def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> list[str]:
+def torchrun_command(
+    run_dir: Path, job: str, attempt: int, group: Group, limits: Limits
+) -> list[str]:
     """Return the command line that starts this node's ranks."""
+    patience = (limits.seconds or NEVER) + (limits.slow_seconds or NEVER)
     if group.nodes == 1:
         rendezvous = ["--standalone"]
     else:
@@ -63,9 +69,10 @@ def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> lis
         "torch.distributed.run",
         *rendezvous,
         f"--nproc-per-node={group.workers_per_node}",
-        # torchrun dies of USR1 unless told otherwise, and kills 30 seconds after TERM.
+        # torchrun dies of USR1 unless told otherwise, and kills 30 seconds after TERM. Ranks that
+        # take the rest of a step and a checkpoint's time are watched, here as everywhere.
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
-        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
+        f"--shutdown-timeout={math.ceil(patience)}",
         "-m",
         f"dist_sft.{job}",
         str(run_dir),
@@ -141,22 +148,22 @@ def run(run_dir: Path, attempt: int) -> int:
     threads = threads_for(recipe.threads_per_worker, group.workers_per_node, gpus)
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
     owning = lease.hold(run_dir, attempt) if group.node_rank == 0 else contextlib.nullcontext()
+    limits = recipe.watchdog
     with ExitStack() as stack:
         relay = stack.enter_context(Relay())
-        stack.enter_context(owning)
+        lost = stack.enter_context(owning)
         errors = stack.enter_context(open(log, "w", encoding="utf-8"))
         hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
-            torchrun_command(run_dir, recipe.job, attempt, group),
+            torchrun_command(run_dir, recipe.job, attempt, group, limits),
             env=os.environ | rank_environment(threads, gpus) | {FOLDER: str(hearts)},
             stderr=errors,
             start_new_session=True,
         )
         relay.attach(child)
-        limits = recipe.watchdog
         watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
-        watch(child, watchdog, relay, run_dir, attempt)
+        watch(child, watchdog, relay, run_dir, attempt, lost)
         ended = _Ended(child.returncode, log, group)
         if relay.received is None:
             ended.report_a_killed_rank(run_dir, attempt)
@@ -175,20 +182,33 @@ def run(run_dir: Path, attempt: int) -> int:
 
 
 def watch(
-    child: subprocess.Popen[bytes], watchdog: Watchdog, relay: Relay, run_dir: Path, attempt: int
+    child: subprocess.Popen[bytes],
+    watchdog: Watchdog,
+    relay: Relay,
+    run_dir: Path,
+    attempt: int,
+    lost: threading.Event | None = None,
 ) -> None:
-    """Wait until torchrun has ended; end it where a rank hangs, and write down which one."""
+    """Wait until torchrun has ended; end it where a rank hangs, and write down which one.
+
+    End it, too, where the run is `lost` to another launcher: what these ranks compute counts for
+    nothing any more.
+    """
     while True:
         try:
             child.wait(timeout=WATCH_SECONDS)
             return
         except subprocess.TimeoutExpired:
             stuck = watchdog.look()
+        taken = lost is not None and lost.is_set()
         if stuck:
             outcome = runs.Outcome(runs.FAILED, str(stuck), -1)
             runs.write_failure(run_dir, attempt, stuck.rank, outcome, killed=True)
             watchdog.end()
-        if stuck or relay.leaves:
+        elif taken:
+            reason = f"another launcher has taken over {run_dir}: this attempt ended unsaved"
+            runs.write_failure(run_dir, attempt, 0, runs.Outcome(runs.FAILED, reason, -1))
+        if stuck or taken or relay.leaves:
             kill(child)
 
 
@@ -330,10 +350,10 @@ def main() -> int:
                 f"`python -m dist_sft.node {run_dir} --claim` on one of them prints it"
             )
         if attempt is None:
-            lease.wait_until_free(run_dir)
+            seen = lease.wait_until_free(run_dir)
             if not arguments.claim:  # a scheduler may claim, and must not undo a person's stop
                 (run_dir / "STOP").unlink(missing_ok=True)
-            attempt = runs.start_attempt(run_dir)
+            attempt = lease.claim(run_dir, seen)
         if arguments.claim:
             print(attempt)
             return runs.FINISHED

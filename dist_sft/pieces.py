@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_sft import manifest
+from dist_sft.manifest import DamagedCheckpoint
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 """What there is of a trained parameter; of a frozen one there is only the first."""
@@ -44,7 +45,11 @@ class Reader:
                 source = self._file(file).get_slice(f"{name}|{key}|{piece_start}")
                 yield first - start, source[first - piece_start : last - piece_start]
                 covered += last - first
-        assert covered == length, f"{self.folder} holds {covered} of {length} elements of {name}"
+        if covered != length:
+            raise DamagedCheckpoint(
+                f"{self.folder} holds {covered} of {length} elements of {name}, though every byte "
+                "is what was written: a fault of whoever wrote it"
+            )
 
     def tensor(self, name: str, key: str = "fp32") -> Tensor:
         """Return one whole tensor in its own shape."""
@@ -57,5 +62,10 @@ class Reader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise DamagedCheckpoint(
+                    f"{self.folder / name}: not safetensors ({error})"
+                ) from None
         return self._open[name]

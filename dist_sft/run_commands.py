@@ -114,9 +114,9 @@ def _export(options: argparse.Namespace) -> None:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"OUT: {options.out} exists already; give a new folder")
     step, folder = list(_checkpoints(options).items())[-1]
-    from dist_sft.manifest import check_all
+    from dist_sft.manifest import check
 
-    _, wrong = check_all(folder)
+    _, wrong = check(folder)
     if wrong:
         raise UserError(
             f"the checkpoint of step {step} is damaged: {wrong[0]}\nExport another one with "
@@ -131,17 +131,33 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from dist_sft.manifest import check_all
+    from rich import box
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
 
-    wrong: list[str] = []
+    from dist_sft.manifest import best, check, strangers
+
+    table = Table("step", "saved on", "files", "size", "eval loss", "verdict", box=box.SIMPLE)
+    lowest, wrong, unknown = best(options.run_dir), [], []
     for step, folder in _checkpoints(options).items():
-        content, found = check_all(folder)
-        files = content.get("files", {})
-        size = sum(entry["size"] for entry in files.values()) / 2**30
-        verdict = f"{len(found)} damaged" if found else "every byte is what was written"
-        print(f"step {step}: {len(files)} files, {size:.2f} GiB: {verdict}")
+        content, found = check(folder)
         wrong += found
-    print(*wrong, sep="\n", end="\n" if wrong else "")
+        unknown += strangers(folder, content) if content else []
+        files = content.get("files", {})
+        size = decimal(sum(entry["size"] for entry in files.values()))
+        ranks = content.get("world_size", 1)
+        where = f"{ranks} rank{'s' * (ranks > 1)}, ZeRO {content.get('zero_stage') or 'none'}"
+        first = next(iter((content.get("eval_loss") or {}).values()), None)  # as `best` does
+        loss = "" if first is None else f"{first:.4f}" + " (best)" * (step == lowest)
+        known = [where, str(len(files)), size, loss]
+        verdict = f"{len(found)} wrong" if found else "whole"
+        table.add_row(str(step), *(known if content else ["?"] * len(known)), verdict)
+    Console(highlight=False, soft_wrap=True).print(table)
+    for path in unknown:
+        print(f"{path}: not in the manifest, and nothing reads it")
+    for problem in wrong:
+        print(problem)
     return 1 if wrong else 0
 
 

@@ -102,9 +102,7 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
         say("\n  ".join([f"{run_dir} {what}:", *listed]))
     try:
         if changes:
-            record = {"time": time.time(), "before_attempt": len(attempts(run_dir)), **changes}
-            with open(run_dir / "changes.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            record_change(run_dir, len(attempts(run_dir)), changes)
         if changes and _nothing_was_learned(run_dir):
             # Random weights that the old settings described would be taken for the new ones'.
             shutil.rmtree(run_dir / "initial", ignore_errors=True)
@@ -114,6 +112,13 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
     except OSError as error:
         raise UserError(f"run_dir: {run_dir} cannot be used: {error.strerror}") from None
     return run_dir
+
+
+def record_change(run_dir: Path, attempt: int, changes: dict[str, str]) -> None:
+    """Write down what is different from `attempt` on, as key: "old -> new"."""
+    record = {"time": time.time(), "before_attempt": attempt, **changes}
+    with open(run_dir / "changes.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str, str]:

@@ -61,8 +61,11 @@ class Saver:
         """Tell whether this rank has done its part of the checkpoint that is under way."""
         return self._saving is not None and self._saving.is_written
 
-    def save(self, step: int, evaluated: dict[str, float | None] | None = None) -> None:
-        """Begin to save the state after `step`, when the checkpoint before is finished."""
+    def save(self, step: int, **facts: Any) -> None:
+        """Begin to save the state after `step`, when the checkpoint before is finished.
+
+        `facts` about this step are kept in its manifest, beside those of the run.
+        """
         self.finish()
         self._beat("saving")
         self._began = time.monotonic()
@@ -70,7 +73,7 @@ class Saver:
             self._run_dir,
             step,
             self._engine,
-            self._facts | {"eval_loss": evaluated or None},
+            self._facts | facts,
             partial(self._write_model, buffers=persistent_buffers(self._engine.module)),
             self._attempt,
             self._settings.mode,

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,10 @@ from dist_sft import attention, checkpoint, data, hub, manifest, report, runs, s
 from dist_sft.batches import Batch, Feeder
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
-from dist_sft.divergence import ADVICE, Diverged, Guard, name_rows
+from dist_sft.divergence import Diverged, Guard, name_rows
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
 from dist_sft.errors import UserError
 from dist_sft.export import export, write_model_files
-from dist_sft.manifest import Level
 from dist_sft.metrics import (
     Clock,
     Collectives,
@@ -40,7 +38,7 @@ from dist_sft.model import check_positions, fit_vocabulary, freeze, load_model, 
 from dist_sft.optim import learning_rate
 from dist_sft.plan import summarize
 from dist_sft.prepare import prepare_once
-from dist_sft.rollback import Rollback, read_rollbacks, record_rollback
+from dist_sft.restoring import Restorer
 from dist_sft.runs import Outcome
 from dist_sft.saving import Saver
 from dist_sft.step import (
@@ -57,11 +55,6 @@ from dist_sft.trackers import check_installed, start_trackers
 from dist_sft.watchdog import DUMP_SIGNAL, Heart
 from dist_sft.world import Place
 
-ORIGINS = {
-    "data": "the encoded training data (a file of data.train, the template or the tokenizer)",
-    "model": "the model that the run began from (its config, or the sizes of its files)",
-}
-"""What a checkpoint belongs to, by section of the recipe."""
 PROFILED_EVERY = 200  # steps between looks at the collectives; a profiler costs time
 
 
@@ -137,25 +130,10 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         if place.rank == 0:
             checkpoint.remove_leftovers(run_dir)
 
-        rollbacks: list[Rollback] = world.from_rank_0(
-            read_rollbacks(run_dir) if place.rank == 0 else None
+        restorer = Restorer(
+            run_dir, attempt, engine, recipe.checkpoint.verify, launch.options, console.say
         )
-
-        def passed(step: int) -> bool:
-            """Tell whether the run went back over a step."""
-            return any(rollback.covers(step) for rollback in rollbacks)
-
-        trusting = bool(launch.options.get("trust_checkpoint"))
-        done = restore_newest(
-            run_dir,
-            engine,
-            facts,
-            recipe.checkpoint.verify,
-            console,
-            trusting=trusting,
-            ruled_out=passed,
-            allowed={key.partition(".")[0] for key in launch.options.get("allow_change", ())},
-        )
+        done, streaks = restorer.restore(facts)
         if done > total:
             raise UserError(
                 f"train.steps, train.epochs: the newest checkpoint is of step {done}, and the run "
@@ -163,8 +141,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             )
         track = start_trackers(accelerator, recipe, run_dir, done, console.say)
         stop.listen()  # again: some trackers bring signal handlers of their own
-        metrics = MetricsFile(run_dir / "metrics.jsonl", attempt) if place.rank == 0 else None
-        if metrics:
+        metrics = None
+        if place.rank == 0:
+            metrics = MetricsFile(run_dir / "metrics.jsonl", attempt, console.say)
             stack.callback(metrics.close)
         stack.callback(console.close)
 
@@ -196,16 +175,14 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             return agreed
 
         def stopped(step: int) -> Outcome:
-            lost = ""
             if not recipe.checkpoint.on_stop:
                 saver.finish()
-                lost = ", which is not saved (checkpoint.on_stop: false): older ones are"
+                how = "not saved (checkpoint.on_stop: false), older ones are"
             else:
-                saver.save(step)
-                if not saver.finish():
-                    lost = ", which is not saved (see the log): older ones are"
+                saver.save(step, streaks=guard.streaks)
+                how = "saved" if saver.finish() else "not saved (see the log), older ones are"
             by = stop.reason or "another rank"
-            return Outcome(runs.STOPPED, f"stopped by {by} after step {step}{lost}", step)
+            return Outcome(runs.STOPPED, f"stopped by {by} after step {step}, which is {how}", step)
 
         def evaluation() -> dict[str, float | None] | None:
             """Return the loss of every evaluation set by name; None where a stop cut it short."""
@@ -228,7 +205,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             plan, train_set.lengths, place.world, budget, packed=packed, steps=total,
             max_steps_looked_at=20,
         )  # fmt: skip
-        for rollback in rollbacks:
+        for rollback in restorer.rollbacks:
             console.say(
                 f"steps {rollback.checkpoint + 1} to {rollback.step} are passed over, as the run "
                 "went back over them (rollbacks.json)"
@@ -240,31 +217,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         )
         console.start(total, done)
         clock = Clock(place.device, heart.beat)
-        guard = Guard(recipe.train.on_divergence, recipe.train.max_skipped_steps)
-
-        def roll_back(step: int, reason: str) -> None:
-            """Go back to the newest checkpoint that has not failed; the steps since are lost."""
-            saver.finish()
-            saver.close()
-            heart.beat("loading")
-            target = checkpoint.newest_good(
-                run_dir,
-                recipe.checkpoint.verify,
-                console.say,
-                trusting=trusting,
-                ruled_out=(lambda step: step == rollbacks[-1].checkpoint or passed(step))
-                if rollbacks
-                else passed,
-            )
-            if target is None:
-                older = "older " if rollbacks else ""
-                raise Diverged(f"{reason}; there is no {older}checkpoint to go back to. {ADVICE}")
-            rollbacks.append(Rollback(target, step))
-            if place.rank == 0:
-                checkpoint.check_newest(run_dir, attempt)
-                record_rollback(run_dir, rollbacks[-1], attempt, reason)
-            checkpoint.restore(manifest.folder_of(run_dir, target), engine)
-            console.say(f"went back to step {target}; steps {target + 1} to {step} do not count")
+        guard = Guard(recipe.train.on_divergence, recipe.train.max_skipped_steps, streaks)
 
         # 6. The loop. Everything about a step follows from its number.
         owed = evaluation_owed(run_dir, done, total, recipe) if eval_feeders else None
@@ -274,8 +227,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 return stopped(done)
             tell(owed | {"eval_loss": evaluated})
         evaluated = {}
+        due = False  # to save: where the step was not taken, after the next one that is
         for step in range(done + 1, total + 1):
-            if passed(step):
+            if restorer.passed(step):
                 continue
             began = time.perf_counter()
             heart.step = step
@@ -305,12 +259,15 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                     overflowed=engine.overflowed,
                     name_rows=partial(name_rows, batches, losses, train_set),
                 )
-                if verdict == "rollback":
-                    roll_back(step, reason)
                 if verdict != "taken":
-                    console.say(f"step {step} {verdict}: {reason}")
+                    console.say(f"step {step} is not taken: {reason}")
                     if metrics:
                         metrics.write(step=step, event=f"step_{verdict}", reason=reason)
+                if verdict == "rollback":
+                    saver.finish()
+                    saver.close()
+                    heart.beat("loading")
+                    restorer.go_back(step, reason)
             except Diverged:
                 saver.finish()
                 raise
@@ -337,10 +294,11 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             tell(line | ({"eval_loss": evaluated} if evaluated else {}))
             if evaluated is None:
                 return stopped(step)
-            due = agreed.saving or is_due(step, recipe.checkpoint.every)
+            due = due or agreed.saving or is_due(step, recipe.checkpoint.every)
             if due and step < total and verdict == "taken":
-                saver.save(step, evaluated)
-        saver.save(total, evaluated)
+                saver.save(step, streaks=guard.streaks, eval_loss=evaluated or None)
+                due = False
+        saver.save(total, streaks=guard.streaks, eval_loss=evaluated or None)
 
         # 8. The end: a last checkpoint, a model that others can load, a picture of the loss.
         console.close()
@@ -351,7 +309,6 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 "from the one before"
             )
         if place.rank == 0:
-            checkpoint.check_newest(run_dir, attempt)
             export(manifest.folder_of(run_dir, total), run_dir / "model", dtype)
             steps = report.read_steps(run_dir / "metrics.jsonl")
             report.draw_loss(steps, run_dir / "loss.png")
@@ -368,14 +325,15 @@ def evaluates_after(step: int, total: int, recipe: Recipe) -> bool:
 
 def evaluation_owed(run_dir: Path, done: int, total: int, recipe: Recipe) -> report.Line | None:
     """Return the metrics of the step to go on from where a stop cut its evaluation short."""
-    line = None
-    if done and dist.get_rank() == 0 and evaluates_after(done, total, recipe):
+
+    def look() -> report.Line | None:
         lines = report.read_steps(run_dir / "metrics.jsonl")
         line = next((x for x in lines if x["step"] == done and "eval_loss" not in x), None)
-    if line:
-        del line["attempt"]
-    owed: report.Line | None = world.from_rank_0(line)
-    return owed
+        if line:
+            del line["attempt"]
+        return line
+
+    return world.on_rank_0(look) if done and evaluates_after(done, total, recipe) else None
 
 
 def finite(value: float) -> float | None:
@@ -406,46 +364,6 @@ def choose_packing(
         raise UserError(f"train.packing: on, but {proof.reason}; allowed for this model: auto, off")
     console.say(f"packing: {proof.reason}; rows are sorted by length and padded instead")
     return False
-
-
-def restore_newest(
-    run_dir: Path,
-    engine: Engine,
-    facts: dict[str, Any],
-    level: Level,
-    console: Console,
-    *,
-    trusting: bool,
-    ruled_out: Callable[[int], bool],
-    allowed: Collection[str],
-) -> int:
-    """Load the newest good checkpoint, if there is one; return the step to go on from.
-
-    Raises UserError where it was trained on other data, for the order of rows would be another one,
-    or began from another model, unless a person has `allowed` that.
-    """
-    newest = checkpoint.newest_good(
-        run_dir, level, console.say, trusting=trusting, ruled_out=ruled_out
-    )
-    if newest is None:
-        if world.from_rank_0(bool(manifest.folders(run_dir))):
-            raise UserError(
-                f"all checkpoints in {run_dir}/checkpoints are of steps that the run went back "
-                "over (rollbacks.json). Put the one that it went back to in its place, or give "
-                "another run_dir to start anew"
-            )
-        return 0
-    folder = manifest.folder_of(run_dir, newest)
-    saved = manifest.read(folder)
-    for key, what in ORIGINS.items():
-        if saved[key] != facts[key] and key not in allowed:
-            raise UserError(
-                f"{what} has changed since {folder} was written. Put it back, give another "
-                f"run_dir, or launch with --allow-change {key} to go on all the same"
-            )
-    checkpoint.restore(folder, engine)
-    console.say(f"continuing after step {newest} (checked by {level})")
-    return newest
 
 
 def describe(line: dict[str, Any]) -> str:

@@ -66,6 +66,8 @@ class Stuck:
 class _Seen:
     text: str
     at: float
+    ran_at: float
+    """When its process was last found running, and not stopped."""
 
 
 class Watchdog:
@@ -73,25 +75,35 @@ class Watchdog:
 
     def __init__(self, folder: Path, seconds: float | None, slow_seconds: float | None) -> None:
         self._folder = folder
-        self._limits = dict.fromkeys(SLOW, slow_seconds)
+        # Encoding millions of rows takes as long as it takes.
+        self._limits = {"preparing": None, **dict.fromkeys(SLOW, slow_seconds)}
         self._limit = seconds
         self._seen: dict[int, _Seen] = {}
 
     def look(self) -> Stuck | None:
-        """Return a rank that has been in one place for too long: best the one others wait for."""
+        """Return a rank that has been in one place for too long: best the one others wait for.
+
+        How long is too long depends on the phase, but a stopped process is in none: `seconds` are
+        its limit everywhere.
+        """
         now = time.monotonic()
         for path in self._folder.iterdir():
             text, rank = path.read_text(), int(path.name)
             if text and (rank not in self._seen or self._seen[rank].text != text):
-                self._seen[rank] = _Seen(text, now)
+                self._seen[rank] = _Seen(text, now, now)
         stuck = []
         for rank, seen in self._seen.items():
             pid, _, step, phase = seen.text.split()
-            limit = None if phase == "preparing" else self._limits.get(phase, self._limit)
             state = state_of(int(pid))
-            if limit is not None and now - seen.at > limit and state:
-                stopped = state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-                stuck.append(Stuck(rank, int(step), phase, now - seen.at, stopped))
+            if state is None:
+                continue
+            stopped = state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            if not stopped:
+                seen.ran_at = now
+            since = seen.ran_at if stopped else seen.at
+            limit = self._limit if stopped else self._limits.get(phase, self._limit)
+            if limit is not None and now - since > limit:
+                stuck.append(Stuck(rank, int(step), phase, now - since, stopped))
         return max(stuck, key=lambda found: (found.stopped, found.seconds), default=None)
 
     def end(self) -> None:

@@ -6,15 +6,18 @@ import os
 import socket
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dist_sft import __version__
 from dist_sft.errors import UserError
+
+T = TypeVar("T")
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 # What is behind a difference, most of the time; of anything else: another installation.
@@ -75,18 +78,26 @@ def agree(facts: dict[str, Any]) -> None:
         raise UserError("\n  ".join(["the ranks do not agree:", *problems]))
 
 
-def gather(items: list[str]) -> list[str]:
+def gather(items: list[T]) -> list[T]:
     """Return the items of all ranks, in the order of ranks."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, items)
     return [item for part in everyone for item in part]
 
 
-def from_rank_0(value: Any) -> Any:
-    """Return on every rank what rank 0 has."""
-    box = [value]
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Do something on rank 0; return the result, or raise the error, on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    result, failure = box
+    if failure is not None:
+        raise failure
+    return cast("T", result)
 
 
 def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,9 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> 
         if happened():
             return
         time.sleep(0.01)
+    if process.poll() is None:  # it, its torchrun and its ranks hold the pipes open
+        for started in (*psutil.Process(process.pid).children(recursive=True), process):
+            started.kill()
     raise AssertionError(f"it did not happen: {process.communicate()}")
 
 

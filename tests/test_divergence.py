@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_sft.divergence import MAX_OVERFLOWS, BadRows, Diverged, Guard, explain_divergence
+from dist_sft.divergence import (
+    MAX_OVERFLOWS,
+    BadRows,
+    Diverged,
+    Guard,
+    Policy,
+    explain_divergence,
+)
 from dist_sft.report import read_steps
 from dist_sft.rollback import Rollback, read_rollbacks, record_rollback
 
@@ -39,6 +46,26 @@ def test_then_the_run_goes_back() -> None:
     verdicts = [judge(guard, step, math.nan) for step in (1, 2, 3, 4)]
     assert verdicts == ["skipped", "rollback"] * 2
     assert judge(Guard("rollback", 0), 1, math.nan) == "rollback"
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_stop_in_the_middle_of_a_streak_changes_nothing(policy: Policy) -> None:
+    losses = [math.nan, 2.0, math.nan, math.nan, math.nan]
+    whole, before = Guard(policy, 2), None
+    for step, loss in enumerate(losses, start=1):
+        stopped = Guard(policy, 2, before)
+        try:
+            expected = judge(whole, step, loss)
+        except Diverged:
+            with pytest.raises(Diverged):
+                judge(stopped, step, loss)
+            break
+        assert judge(stopped, step, loss) == expected
+        before = json.loads(json.dumps(stopped.streaks))
+    assert step == 5
+    guard = Guard("stop", 0, {"skipped": 0, "overflows": MAX_OVERFLOWS - 1})
+    with pytest.raises(Diverged, match=f"steps 1 to {MAX_OVERFLOWS} were all skipped"):
+        judge(guard, MAX_OVERFLOWS, 2.0, math.inf, overflowed=True)
 
 
 def test_a_loss_scale_that_is_too_high_is_no_divergence_for_a_while() -> None:

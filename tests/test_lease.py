@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_sft import lease
+from dist_sft import lease, runs
 from dist_sft.errors import UserError
 from dist_sft.lease import Lease, Owner
 
@@ -107,12 +107,42 @@ def test_a_requeued_job_takes_over_from_itself_at_once(
     assert len(waits(tmp_path)) == 2
 
 
-def test_who_lost_the_lease_does_not_take_it_back(tmp_path: Path) -> None:
-    with lease.hold(tmp_path, 4):
+def test_who_lost_the_lease_knows_and_does_not_take_it_back(tmp_path: Path) -> None:
+    with lease.hold(tmp_path, 4) as lost:
+        assert not lost.wait(0.2)
+        runs.attempt_dir(tmp_path, 5).mkdir(parents=True)
         put(tmp_path, elsewhere(), attempt=5)
-        time.sleep(0.3)
+        assert lost.wait(3)
         assert lease.read(tmp_path) == Lease(elsewhere(), 5, 7)
     assert lease.owns(tmp_path, 5)
+
+
+def test_of_two_launchers_the_faster_one_has_the_run(tmp_path: Path) -> None:
+    assert lease.wait_until_free(tmp_path) is lease.wait_until_free(tmp_path) is None
+    assert lease.claim(tmp_path, None) == 0
+    with pytest.raises(UserError, match=r"is in use by process \d+ on .* \(attempt 0\)"):
+        lease.claim(tmp_path, None)
+    assert runs.attempts(tmp_path) == [0], "a second one would fence the first one off"
+
+
+def test_of_two_that_take_over_the_faster_one_has_the_run(tmp_path: Path) -> None:
+    put(tmp_path, elsewhere(), attempt=0)
+    runs.attempt_dir(tmp_path, 0).mkdir(parents=True)
+    left = lease.read(tmp_path)
+    assert lease.claim(tmp_path, left) == 1
+    with pytest.raises(UserError, match="in use by"):
+        lease.claim(tmp_path, left)
+    assert runs.attempts(tmp_path) == [0, 1]
+
+
+def test_of_two_in_the_same_instant_the_newer_attempt_stays(tmp_path: Path) -> None:
+    for number in (0, 1):
+        runs.attempt_dir(tmp_path, number).mkdir(parents=True)
+    with lease.hold(tmp_path, 1) as lost, lease.hold(tmp_path, 0) as lost_too:
+        assert lost_too.wait(3)
+        time.sleep(0.2)
+        assert lease.owns(tmp_path, 1)
+        assert not lost.is_set()
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Which checkpoints are kept, which is the best, and which may have been changed by others."""
 
+import errno
 import json
 import os
 from dataclasses import asdict
@@ -94,7 +95,10 @@ def test_a_step_is_named_by_number_or_as_the_best(
 ) -> None:
     make(tmp_path, {1: 2.0, 2: 1.0, 3: 3.0})
     assert main(["verify", str(tmp_path), "--step", step]) == 0
-    assert capsys.readouterr().out == "step 2: 0 files, 0.00 GiB: every byte is what was written\n"
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].split() == ["step", "saved", "on", "files", "size", "eval", "loss", "verdict"]
+    row = "2 1 rank, ZeRO none 0 0 bytes 1.0000 (best) whole"
+    assert [" ".join(line.split()) for line in told[3:] if line.strip()] == [row]
     assert main(["verify", str(tmp_path), "--step", "x"]) == 2
     assert "allowed: best, or one of the checkpoints [1, 2, 3]" in capsys.readouterr().err
 
@@ -129,6 +133,56 @@ def test_a_run_may_be_called_as_a_part_of_one(tmp_path: Path) -> None:
     assert main(["verify", str(run_dir)]) == 0
     make(run_dir.parent, {2: None})
     assert main(["verify", str(run_dir.parent)]) == 0
+
+
+def test_files_that_nobody_reads_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, {1: None})
+    note = manifest.folder_of(tmp_path, 1) / "model" / "note.txt"
+    note.parent.mkdir()
+    note.touch()
+    assert main(["verify", str(tmp_path)]) == 0
+    assert f"{note}: not in the manifest, and nothing reads it" in capsys.readouterr().out
+
+
+class Flaky:
+    """A file system that fails some of the times at which a file of that name is read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+        self.left, read = times, Path.read_bytes
+
+        def read_bytes(path: Path) -> bytes:
+            if path.name == name and self.left:
+                self.left -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        monkeypatch.setattr(manifest, "PAUSES", (0.01, 0.01))
+
+
+def test_a_passing_error_of_the_file_system_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {1: None})
+    flaky = Flaky(monkeypatch, manifest.NAME, 2)
+    assert manifest.check(manifest.folder_of(tmp_path, 1))[1] == []
+    assert flaky.left == 0
+
+
+def test_what_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {1: None})
+    folder = manifest.folder_of(tmp_path, 1)
+    Flaky(monkeypatch, manifest.NAME, 3)
+    (problem,) = manifest.check(folder)[1]
+    assert problem.unreadable
+    assert str(problem) == f"{folder / manifest.NAME}: {os.strerror(errno.ESTALE)}"
+    (folder / manifest.NAME).unlink()
+    (problem,) = manifest.check(folder)[1]
+    assert not problem.unreadable
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

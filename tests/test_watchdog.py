@@ -94,6 +94,23 @@ def test_phases_have_their_own_limits(tmp_path: Path, start: Start) -> None:
     assert Watchdog(tmp_path, None, None).look() is None
 
 
+def test_a_stopped_process_is_found_in_every_phase(tmp_path: Path, start: Start) -> None:
+    watchdog = Watchdog(tmp_path, 0.3, 100.0)
+    for number, phase in enumerate(("saving", "preparing")):
+        rank = start(number)
+        beat(rank, phase)
+        assert watchdog.look() is None
+        time.sleep(0.5)
+        assert watchdog.look() is None, "its phase may take longer"
+        rank.send_signal(signal.SIGSTOP)
+        assert watchdog.look() is None, "it ran a moment ago: somebody may look at it"
+        time.sleep(0.5)
+        found = watchdog.look()
+        assert found is not None
+        assert (found.rank, found.phase, found.stopped) == (number, phase, True)
+        rank.send_signal(signal.SIGCONT)
+
+
 def test_a_rank_that_ended_is_not_stuck(tmp_path: Path, start: Start) -> None:
     watchdog = Watchdog(tmp_path, 0.1, 0.1)
     rank = start(0)

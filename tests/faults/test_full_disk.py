@@ -81,7 +81,7 @@ def check_failed_save(group: Group, reason: str) -> None:
     assert event["step"] == 8
     assert reason in event["reason"]
     group.wait_until(lambda: os.listdir(run_dir / "checkpoints") == ["step-00000004"])
-    assert manifest.check_all(manifest.folder_of(run_dir, 4))[1] == []
+    assert manifest.check(manifest.folder_of(run_dir, 4))[1] == []
 
 
 def check_end(group: Group) -> None:
@@ -92,7 +92,7 @@ def check_end(group: Group) -> None:
     assert len(losses(group.run_dir)) == STEPS
     assert sorted(os.listdir(group.run_dir / "checkpoints")) == ["step-00000012", "step-00000014"]
     for folder in manifest.folders(group.run_dir).values():
-        assert manifest.check_all(folder)[1] == []
+        assert manifest.check(folder)[1] == []
 
 
 def test_a_full_disk(warm: Warm, path: Path, small_disk: Path) -> None:
