@@ -21,17 +21,18 @@ def redirect_output(log: Path) -> RichConsole:
 
     File descriptors are redirected, so that libraries in C++ end up in the log as well.
     """
-    terminal = _Terminal(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
+    terminal = _lenient(os.dup(1))
     with open(log, "a", encoding="utf-8") as file:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = _lenient(1), _lenient(2)
     return RichConsole(file=terminal, highlight=False, soft_wrap=True)
 
 
-class _Terminal(io.TextIOWrapper):
-    """A terminal that may go away: a run outlives the window, or the pipe, that watches it."""
+class _Lenient(io.TextIOWrapper):
+    """A terminal that may go away, a log on a disk that may be full: a run outlives both."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -41,6 +42,11 @@ class _Terminal(io.TextIOWrapper):
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             super().flush()
+
+
+def _lenient(descriptor: int) -> _Lenient:
+    stream = os.fdopen(descriptor, "wb", closefd=False)
+    return _Lenient(stream, encoding="utf-8", line_buffering=True)
 
 
 class Console:

@@ -65,7 +65,7 @@ def read(run_dir: Path) -> Lease | None:
     try:
         content = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
         return Lease(Owner(**content["owner"]), content["attempt"], content["heartbeat"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError):
         raise UserError(

@@ -77,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
-        if not options.prepare:
-            seen = lease.wait_until_free(Path(recipe.run_dir))
+        seen = lease.wait_until_free(Path(recipe.run_dir))
         told = {
             "overrides": options.overrides,
             "allow_change": options.allow_change,
@@ -110,7 +109,9 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
         in_vain = in_vain + 1 if list(manifest.folders(run_dir)) == before else 1
         if in_vain > restarts:
             if restarts:
-                print(f"gave up after {restarts} restarts without a new checkpoint", file=sys.stderr)
+                print(
+                    f"gave up after {restarts} restarts without a new checkpoint", file=sys.stderr
+                )
             return code
         seen = lease.wait_until_free(run_dir)  # another launcher may have taken over meanwhile
         print(f"starting again ({in_vain} of {restarts} without a new checkpoint)", file=sys.stderr)

@@ -148,12 +148,14 @@ def run(run_dir: Path, attempt: int) -> int:
     threads = threads_for(recipe.threads_per_worker, group.workers_per_node, gpus)
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
     owning = lease.hold(run_dir, attempt) if group.node_rank == 0 else contextlib.nullcontext()
-    limits = recipe.watchdog
+    limits, workers = recipe.watchdog, group.nodes * group.workers_per_node
     with ExitStack() as stack:
         relay = stack.enter_context(Relay())
         lost = stack.enter_context(owning)
         errors = stack.enter_context(open(log, "w", encoding="utf-8"))
         hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
+        if group.node_rank == 0:
+            print(f"attempt {attempt}: starting workers: {workers}, logs: {log.parent}", flush=True)
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
             torchrun_command(run_dir, recipe.job, attempt, group, limits),

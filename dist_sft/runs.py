@@ -94,6 +94,12 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
     """
     run_dir = Path(recipe.run_dir)
     changes = check(recipe, launch.options.get("allow_change", ()))
+    with contextlib.suppress(UserError):  # it is new, or its launch.json was lost
+        before = read_launch(run_dir)
+        for key in ("nodes", "workers_per_node"):
+            old, new = getattr(before, key), getattr(launch, key)
+            if old != new:
+                changes[key] = f"{old} -> {new}"
     if changes:
         listed = [f"{key}: {change}" for key, change in changes.items()]
         what = "continues with other settings"
@@ -132,21 +138,21 @@ def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str,
     if not refused or _nothing_was_learned(run_dir):
         return changes
     listed = [f"{key}: {change}" for key, change in refused.items()]
+    flags = " ".join(f"--allow-change {key}" for key in refused)
     advice = (
         "\nGive another run_dir, or the settings of that run to continue it. To go on with other "
-        "mathematics on purpose, launch with --allow-change KEY for each."
+        f"mathematics on purpose, add {flags}"
     )
     idle = [name for name in allowed if not any(_is_in(key, name) for key in changes)]
     if idle:
-        advice += f" No setting of this name differs: {', '.join(idle)}."
+        advice += f"\nNo setting of this name differs: {', '.join(idle)}"
     if LENGTH & refused.keys():
         advice += (
-            " More train.steps or train.epochs go through by themselves where no step depends on "
-            "the end of the run: under optimizer.schedule: constant and optimizer.warmup_ratio: 0."
+            "\nMore train.steps or train.epochs go through by themselves where no step depends on "
+            "the end of the run: under optimizer.schedule: constant and optimizer.warmup_ratio: 0"
         )
-    raise UserError(
-        "\n  ".join([f"run_dir: {run_dir} belongs to a run with other settings:", *listed]) + advice
-    )
+    head = f"run_dir: {run_dir} belongs to a run with other settings (that run's -> the new ones):"
+    raise UserError("\n  ".join([head, *listed]) + advice)
 
 
 def _is_in(key: str, section: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +44,8 @@ def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:
         if held is not None and held.attempt == attempt and not lease.is_gone(held.owner):
             how = "works, if its owner is alive"
         if outcome is not None:
-            how = f"exit code {outcome.code}, {outcome.reason.splitlines()[0]}"
+            reason = textwrap.shorten(outcome.reason.splitlines()[0], 150, placeholder=" ...")
+            how = f"exit code {outcome.code}, {reason}"
         lines.append(f"attempt {attempt}: {how}")
     return lines
 

@@ -96,6 +96,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         peak, peak_source = peak_rate(place.device, dtype)
 
         # 4. Model, optimizer, sharding; prove that packing is safe on this model.
+        console.say(f"loading {folder}")
         model = load_model(located, str(folder), dtype if recipe.deepspeed else torch.float32)
         check_positions(model, {"train": train_set, **eval_sets})
         added = fit_vocabulary(model, stores.vocab_size, recipe.seed)

@@ -165,10 +165,11 @@ def test_the_run_folder_of_another_recipe(place: Place) -> None:
     code, out, err = finish(start(place, "seed=3"))
     assert (code, out) == (2, "")
     assert err == (
-        f"run_dir: {place.run_dir} belongs to a run with other settings:\n"
+        f"run_dir: {place.run_dir} belongs to a run with other settings "
+        "(that run's -> the new ones):\n"
         "  seed: 0 -> 3\n"
         "Give another run_dir, or the settings of that run to continue it. To go on with other "
-        "mathematics on purpose, launch with --allow-change KEY for each.\n"
+        "mathematics on purpose, add --allow-change seed\n"
     )
     assert {p: p.read_bytes() for p in place.run_dir.iterdir() if p.is_file()} == before
 
