@@ -139,11 +139,14 @@ class DataParallelEngine:
         (loss_sum * (self._accelerator.num_processes / supervised_tokens)).backward()
 
     def step(self) -> float:
-        norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._clip))
-        if math.isfinite(norm):
+        norm: Tensor = self._accelerator.clip_grad_norm_(self._model.parameters(), self._clip)
+        # Every rank computes it; copies of the model would part if they did not judge alike.
+        finite = norm.isfinite().int()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return float(norm) if finite or not norm.isfinite() else math.nan
 
     def close(self) -> None:
         # As the last to hold the process group, DistributedDataParallel would end gloo's threads

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import re
 import resource
 import time
@@ -126,7 +128,7 @@ class MetricsFile:
         try:
             written = self._file.write(text)
             self._is_torn = written < len(text)
-            why = "the disk is full"
+            why = os.strerror(errno.ENOSPC)
         except OSError as error:
             why = str(error.strerror)
             written = 0

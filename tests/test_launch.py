@@ -393,7 +393,7 @@ def test_other_mathematics_is_let_through_by_name_and_recorded(
     assert said.endswith(", add --allow-change seed --allow-change optimizer.clip\n")
     assert "No setting" not in said
     assert setup.launch(*changed, "--allow-change", "optimizer.l") == runs.WRONG_INPUT
-    assert "for each. No setting of this name differs: optimizer.l.\n" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("\nNo setting of this name differs: optimizer.l\n")
     allowing = ("--allow-change", "optimizer", "--allow-change", "seed")
     assert setup.launch(*changed, *allowing) == runs.FINISHED
     assert read_config_json(setup.run_dir).seed == 4

@@ -31,7 +31,7 @@ def test_half_a_line_does_not_spoil_the_next(
     metrics.write(step=3, loss=2.0)
     metrics.close()
     assert [line["step"] for line in read_steps(path)] == [1, 3]
-    assert said == ["metrics.jsonl cannot be written, lines are lost: the disk is full"]
+    assert said == ["metrics.jsonl cannot be written, lines are lost: No space left on device"]
 
 
 def test_half_a_line_of_a_killed_attempt_does_not_spoil_the_next(tmp_path: Path) -> None:

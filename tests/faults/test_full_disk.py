@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import tiny_recipe
 from forked_runs import Group, Warm, Way, losses
+from launching import SECONDS, start, wait_for_step
 
 from dist_sft import manifest, runs
 from dist_sft.config import read_config_json
+from dist_sft.report import read_steps
 
 FULL, FREE, STEPS = 7, 11, 14  # checkpoints are due after steps 4, 8 and 12
 KILOBYTE = 1024
@@ -112,6 +115,36 @@ def test_a_full_disk(warm: Warm, path: Path, small_disk: Path) -> None:
         ballast.unlink()
     group.let_go(FREE)
     check_end(group)
+
+
+def test_a_full_run_folder(small_disk: Path, tmp_path: Path) -> None:
+    """Metrics and logs are on the full disk, too: lines are lost, and the run is not."""
+    recipe = tiny_recipe.make_recipe(tmp_path)
+    run_dir = small_disk / "run"
+    saving = {"every": None}  # pruning would make room
+    path = tiny_recipe.write(recipe, run_dir, train={"steps": 60}, checkpoint=saving)
+    process = start(path)
+    wait_for_step(run_dir, 5, process)
+    fill(small_disk)
+    lost = len(losses(run_dir))
+    assert process.stdout
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if re.match(r"step [3-9]\d/", line):
+            break
+    assert len(losses(run_dir)) < lost + 15, "it was not full"  # a page may have had room
+    for ballast in small_disk.glob("ballast-*"):
+        ballast.unlink()
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, out + err
+    told = "".join(seen) + out
+    assert "metrics.jsonl cannot be written, lines are lost: No space left" in told
+    steps = [line["step"] for line in read_steps(run_dir / "metrics.jsonl")]
+    assert steps[:5] == [1, 2, 3, 4, 5]
+    assert steps[-1] == 60
+    assert len(steps) < 60
+    assert manifest.check(manifest.folder_of(run_dir, 60))[1] == []
 
 
 @pytest.mark.parametrize("limited", [(1,), (0, 1)], ids=["rank 1", "all ranks"])
