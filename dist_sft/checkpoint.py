@@ -317,6 +317,9 @@ def restore(folder: Path, engine: Engine) -> None:
         for key, tensor in fragment.tensors.items():
             for offset, piece in reader.read(fragment.name, key, fragment.start, len(tensor)):
                 tensor[offset : offset + len(piece)].copy_(piece)
+    buffers = dict(engine.module.named_buffers())
+    for name, value in reader.buffers().items():
+        buffers[name].copy_(value)
     shards.set_optimizer_steps(engine, reader.manifest["optimizer_steps"])
     shards.set_loss_scale(engine, reader.manifest.get("loss_scale"))
     shards.publish(engine)

@@ -9,14 +9,13 @@ from copy import copy, deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dist_sft.pieces import Reader
+from dist_sft.pieces import BUFFERS, Reader
 
 SHARD_BYTES = 5 * 2**30
-BUFFERS = "buffers.safetensors"
 
 
 def write_model_files(
@@ -69,10 +68,8 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = S
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint / name, target)  # not its mode: it is for others
     _set_dtype(temporary / "config.json", dtype)
-    buffers = {}
-    if (temporary / BUFFERS).exists():
-        buffers = load_file(temporary / BUFFERS)
-        (temporary / BUFFERS).unlink()
+    buffers = reader.buffers()
+    (temporary / BUFFERS).unlink(missing_ok=True)
     shards = _plan_shards(reader.manifest["shapes"], dtype, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_sft import manifest
 from dist_sft.manifest import DamagedCheckpoint
 
+BUFFERS = "buffers.safetensors"
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 """What there is of a trained parameter; of a frozen one there is only the first."""
 
@@ -59,6 +61,11 @@ class Reader:
         for offset, piece in self.read(name, key, 0, flat.numel()):
             flat[offset : offset + len(piece)] = piece
         return whole
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that belong to the weights; most models have none."""
+        file = self.folder / "model" / BUFFERS
+        return load_file(file) if file.exists() else {}
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

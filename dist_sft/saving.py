@@ -101,6 +101,7 @@ class Saver:
             self._say(f"NOT SAVED: {error}")
             self._note(saving.step, "checkpoint_failed", reason=str(error))
             return False
+        self.close()
         now = time.monotonic()
         if not saving.is_there:
             self._note(
@@ -110,7 +111,6 @@ class Saver:
                 blocked_seconds=self._blocked + now - began,
             )
         if dist.get_rank() == 0:
-            self.close()
             self._pruning = threading.Thread(target=self._prune, name="prune", daemon=True)
             self._pruning.start()
         return True
