@@ -28,7 +28,7 @@ from dist_sft import lease, runs
 from dist_sft.config import Watchdog as Limits
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
-from dist_sft.stopping import Relay
+from dist_sft.stopping import IGNORED, RELAYED, Relay
 from dist_sft.watchdog import FOLDER, Watchdog, state_of
 
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
@@ -69,9 +69,9 @@ def torchrun_command(
         "torch.distributed.run",
         *rendezvous,
         f"--nproc-per-node={group.workers_per_node}",
-        # torchrun dies of USR1 unless told otherwise, and kills 30 seconds after TERM. Ranks that
-        # take the rest of a step and a checkpoint's time are watched, here as everywhere.
-        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        # torchrun would kill 30 seconds later. Ranks that take the rest of a step and a
+        # checkpoint's time are watched, here as everywhere.
+        f"--signals-to-handle={RELAYED.name}",
         f"--shutdown-timeout={math.ceil(patience)}",
         "-m",
         f"dist_sft.{job}",
@@ -154,16 +154,17 @@ def run(run_dir: Path, attempt: int) -> int:
         lost = stack.enter_context(owning)
         errors = stack.enter_context(open(log, "w", encoding="utf-8"))
         hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
+        command = torchrun_command(run_dir, recipe.job, attempt, group, limits)
         if group.node_rank == 0:
             print(f"attempt {attempt}: starting workers: {workers}, logs: {log.parent}", flush=True)
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
-            torchrun_command(run_dir, recipe.job, attempt, group, limits),
+            ["sh", "-c", f'trap "" {" ".join(IGNORED)}; exec "$@"', "sh", *command],
             env=os.environ | rank_environment(threads, gpus) | {FOLDER: str(hearts)},
             stderr=errors,
             start_new_session=True,
         )
-        relay.attach(child)
+        relay.attach(child, hearts)
         watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
         watch(child, watchdog, relay, run_dir, attempt, lost)
         ended = _Ended(child.returncode, log, group)

@@ -87,7 +87,7 @@ class Watchdog:
         its limit everywhere.
         """
         now = time.monotonic()
-        for path in self._folder.iterdir():
+        for path in filter(lambda path: path.name.isdecimal(), self._folder.iterdir()):
             text, rank = path.read_text(), int(path.name)
             if text and (rank not in self._seen or self._seen[rank].text != text):
                 self._seen[rank] = _Seen(text, now, now)

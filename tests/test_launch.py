@@ -85,7 +85,7 @@ def test_command_for_one_node() -> None:
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        "--signals-to-handle=SIGHUP",
         "--shutdown-timeout=9000",
         "-m",
         "dist_sft.train",
@@ -186,7 +186,7 @@ def test_dry_run_prints_exactly_what_would_run(
         "TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 OMP_NUM_THREADS=3 "
         "MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 "
         f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 "
-        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT --shutdown-timeout=9000 "
+        "--signals-to-handle=SIGHUP --shutdown-timeout=9000 "
         f"-m dist_sft.train {setup.run_dir} --attempt=0\n"
     )
     assert errors == ""
@@ -849,7 +849,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
 while not got:
     time.sleep(0.01)
 time.sleep(0.3)
-write("outcome.json", code=75, reason=" ".join(got), step=3)
+why = (Path(os.environ["DIST_SFT_HEARTBEATS"]) / "stop").read_text()
+write("outcome.json", code=75, reason=" ".join(got) + f" for {why}", step=3)
 """
 
 
@@ -874,7 +875,7 @@ def send_when_listening(run_dir: Path, *numbers: int) -> threading.Thread:
         ([signal.SIGINT], "SIGINT"),
         ([signal.SIGTERM], "SIGTERM"),
         ([signal.SIGUSR1], "SIGUSR1"),
-        ([signal.SIGHUP], "SIGTERM"),
+        ([signal.SIGHUP], "SIGHUP"),
         ([signal.SIGINT, signal.SIGINT, signal.SIGTERM], "SIGINT"),
     ],
 )
@@ -886,7 +887,7 @@ def test_the_first_signal_reaches_the_ranks_once(
     passed_on: str,
 ) -> None:
     ranks(LISTENER)
-    before = [signal.getsignal(number) for number in Relay.PASSED_ON]
+    before = [signal.getsignal(number) for number in Relay.HEARD]
     thread = send_when_listening(setup.run_dir, *numbers)
     assert setup.launch() == runs.STOPPED
     thread.join()
@@ -894,9 +895,9 @@ def test_the_first_signal_reaches_the_ranks_once(
     hint = again if numbers[0] in (signal.SIGINT, signal.SIGTERM) else ""
     assert capfd.readouterr().err == (
         f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends{hint}\n"
-        f"{passed_on}\nthe same command continues the run\n"
+        f"SIGHUP for {passed_on}\nthe same command continues the run\n"
     )
-    assert [signal.getsignal(number) for number in Relay.PASSED_ON] == before
+    assert [signal.getsignal(number) for number in Relay.HEARD] == before
 
 
 @pytest.mark.parametrize(
@@ -924,8 +925,7 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(
     monkeypatch.setattr(stopping, "ONE_SIGNAL_SECONDS", 0.01)
     ranks(
         "import subprocess\n"
-        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
-        "    signal.signal(number, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"
         "                        start_new_session=True)\n"
         "(attempt / 'rank').write_text(str(rank.pid))\n"
@@ -972,15 +972,26 @@ def test_ctrl_c_while_a_launcher_watches_another_one(
     assert runs.attempts(setup.run_dir) == []
 
 
-def test_a_signal_before_torchrun_starts_is_not_lost() -> None:
+def test_a_signal_before_torchrun_starts_is_not_lost(tmp_path: Path) -> None:
     with Relay() as relay:
         signal.raise_signal(signal.SIGUSR1)
         with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
-            relay.attach(child)
-            assert child.wait() == -signal.SIGUSR1
+            relay.attach(child, tmp_path)
+            assert child.wait() == -signal.SIGHUP
+    assert (tmp_path / stopping.REASON).read_text() == "SIGUSR1"
 
 
-def test_a_signal_while_torchrun_is_attached_is_passed_on_once() -> None:
+def test_a_scheduler_may_say_term_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "ONE_SIGNAL_SECONDS", 0.0)
+    for environment, leaves in (({"SLURM_JOB_ID": "7"}, False), ({}, True)):
+        with Relay(environment) as relay:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
+            assert relay.leaves == leaves
+
+
+def test_a_signal_while_torchrun_is_attached_is_passed_on_once(tmp_path: Path) -> None:
     class Child:
         sent: ClassVar[list[int]] = []
 
@@ -991,9 +1002,9 @@ def test_a_signal_while_torchrun_is_attached_is_passed_on_once() -> None:
 
     with Relay() as relay:
         signal.raise_signal(signal.SIGUSR1)
-        relay.attach(Child())
+        relay.attach(Child(), tmp_path)
         relay._pass_on()
-    assert Child.sent == [signal.SIGUSR1]
+    assert Child.sent == [signal.SIGHUP]
 
 
 def test_nohup_is_respected() -> None:
@@ -1008,8 +1019,9 @@ def test_nohup_is_respected() -> None:
 
 
 def test_a_rank_remembers_why_it_should_stop(tmp_path: Path) -> None:
-    flag = StopFlag(tmp_path / "STOP")
-    before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    flag = StopFlag(tmp_path / "STOP", {"DIST_SFT_HEARTBEATS": str(tmp_path)})
+    signals = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {n: signal.getsignal(n) for n in signals}
     try:
         flag.listen()
         assert flag.reason is None
@@ -1018,6 +1030,9 @@ def test_a_rank_remembers_why_it_should_stop(tmp_path: Path) -> None:
         for number in before:
             signal.raise_signal(number)
             assert flag.reason == f"signal {number.name}"
+        (tmp_path / stopping.REASON).write_text("SIGUSR1")
+        signal.raise_signal(signal.SIGHUP)
+        assert flag.reason == "signal SIGUSR1", "what its node got"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

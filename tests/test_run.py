@@ -193,9 +193,9 @@ def test_fewer_steps_than_were_taken_are_refused(
     assert list(manifest.folders(run_dir)) == [6, 7]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, None], ids=["USR1", "STOP file"])
+@pytest.mark.parametrize("how", ["USR1", "STOP file", "USR1 to every process, twice"])
 def test_stopped_and_continued_is_bit_identical(
-    number: signal.Signals | None,
+    how: str,
     recipe: dict[str, Any],
     finished: tuple[Path, Path, str],
     tmp_path: Path,
@@ -204,13 +204,22 @@ def test_stopped_and_continued_is_bit_identical(
     path = write(recipe, run_dir)
     process = start(path)
     wait_for_step(run_dir, 1, process)
-    if number is None:
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    assert len(everyone) == 3, "torchrun and its ranks"
+    if how == "STOP file":
         (run_dir / "STOP").touch()
-    else:
-        process.send_signal(number)
+    elif how == "USR1":
+        process.send_signal(signal.SIGUSR1)
+    else:  # as SLURM does to all that belongs to a job step
+        for _ in range(2):
+            for target in (process, *everyone):
+                target.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, out + err
-    stopped = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())["step"]
+    outcome = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())
+    stopped = outcome["step"]
+    by = "STOP file" if how == "STOP file" else "signal SIGUSR1"
+    assert outcome["reason"] == f"stopped by {by} after step {stopped}, which is saved"
     assert 1 <= stopped < 7, "the stop came too late to prove anything"
     assert list(manifest.folders(run_dir))[-1] == stopped
 
@@ -577,7 +586,7 @@ def test_a_step_that_is_not_finite_is_left_out(poisoned: dict[str, Any], tmp_pat
         losses.append([x["loss"] for x in steps])
         content = manifest.read(manifest.folder_of(run_dir, 10))
         assert content["optimizer_steps"] == 8
-        assert f"step {skipped[0]['step']} skipped: the loss is nan" in out
+        assert f"step {skipped[0]['step']} is not taken: the loss is nan" in out
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
