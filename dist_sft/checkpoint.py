@@ -13,6 +13,7 @@ read back by range, never unpickled; every byte is checked against the manifest 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -120,10 +121,12 @@ class Saving:
 
     def _make_room(self) -> bool:
         shutil.rmtree(self._temporary, ignore_errors=True)
-        try:
-            return self.final.exists()
-        except OSError:  # writing will say what is wrong
-            return False
+        with contextlib.suppress(OSError):  # writing will say what is wrong
+            if self.final.exists():
+                if not manifest.check(self.final, "size")[1]:
+                    return True
+                _set_aside([self.final])
+        return False
 
     @property
     def is_written(self) -> bool:
@@ -133,7 +136,8 @@ class Saving:
     def _write(self) -> None:
         rank = dist.get_rank()
         try:
-            self._temporary.mkdir(MODES["private"], parents=True, exist_ok=True)
+            self._temporary.parent.mkdir(self._mode, exist_ok=True)
+            self._temporary.mkdir(MODES["private"], exist_ok=True)
             file = f"rank-{rank:05d}.safetensors"
             path = self._temporary / file
             self._written[file] = _write_state(path, self._fragments, self._mode & 0o666)
@@ -266,13 +270,14 @@ def newest_good(
             world.on_rank_0(lambda: _set_aside(damaged))
             return step
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        unreadable = [problem for problem in wrong if problem.unreadable]
-        if unreadable:
+        out_of_reach = [problem for problem in wrong if problem.kind == "out of reach"]
+        if out_of_reach:
             raise RuntimeError(
-                f"the checkpoint of step {step} cannot be read: {unreadable[0]}{more}. Once it "
+                f"the checkpoint of step {step} cannot be read: {out_of_reach[0]}{more}. Once it "
                 f"can, the same command continues from it; without {folder}, from an older one"
             )
-        damaged.append(folder)
+        if any(problem.kind == "damaged" for problem in wrong):
+            damaged.append(folder)
         say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
     if found:
         raise UserError(
@@ -317,7 +322,7 @@ def restore(folder: Path, engine: Engine) -> None:
         for key, tensor in fragment.tensors.items():
             for offset, piece in reader.read(fragment.name, key, fragment.start, len(tensor)):
                 tensor[offset : offset + len(piece)].copy_(piece)
-    buffers = dict(engine.module.named_buffers())
+    buffers = dict(engine.module.named_buffers(remove_duplicate=False))
     for name, value in reader.buffers().items():
         buffers[name].copy_(value)
     shards.set_optimizer_steps(engine, reader.manifest["optimizer_steps"])
@@ -328,17 +333,28 @@ def restore(folder: Path, engine: Engine) -> None:
 def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
     """Delete checkpoints but the newest `keep`, the best, and those of every `keep_every`th step.
 
-    None ever lacks a part under its name.
+    Those that the run went back from go. None ever lacks a part under its name.
     """
     remove_leftovers(run_dir, ".step-*.old")
-    found, best = manifest.folders(run_dir), manifest.best(run_dir)
+    found = manifest.folders(run_dir)
+    problems = {step: manifest.check(folder, "size")[1] for step, folder in found.items()}
+    if any(problem.kind != "damaged" for several in problems.values() for problem in several):
+        return  # the best may be among those that cannot be read now
+    best = manifest.best(run_dir)
     # Damaged ones do not count: a run could be continued from those that stay.
-    whole = [step for step, folder in found.items() if not manifest.check(folder, "size")[1]]
+    whole = [step for step in found if not problems[step]]
     oldest = whole[-keep] if len(whole) > keep else 0
-    for step, folder in found.items():
-        if step < oldest and step != best and not (keep_every and step % keep_every == 0):
+    for step, folder in manifest.every_folder(run_dir).items():
+        kept = step >= oldest or step == best or (keep_every and step % keep_every == 0)
+        if step not in found or not kept:
             folder.rename(folder.with_name(f".{folder.name}.old"))
     remove_leftovers(run_dir, ".step-*.old")
+
+
+def clean_up(run_dir: Path, attempt: int) -> None:
+    """Remove what killed attempts left, once this one works; an older one must not come to that."""
+    check_newest(run_dir, attempt)
+    remove_leftovers(run_dir)
 
 
 def remove_leftovers(run_dir: Path, pattern: str = ".step-*") -> None:

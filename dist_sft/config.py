@@ -223,9 +223,9 @@ class Checkpoint(Section):
     """When the state is saved, and how long it is kept."""
 
     every: Positive | None = None
-    """Steps between checkpoints; null: only at the end and on a stop."""
+    """Steps between checkpoints; there is always one at the end, and on a stop."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes between checkpoints, beside `every`; both may be set."""
+    """Minutes between checkpoints, beside `every`; null: 15 where `every` is null, too."""
     keep: Annotated[int, Field(ge=2)] = 3
     """How many of the newest checkpoints stay on disk; the best by evaluation loss stays, too."""
     keep_every: Positive | None = None

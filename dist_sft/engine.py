@@ -31,13 +31,13 @@ from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dist_sft.config import Recipe
+from dist_sft.config import Recipe, Watchdog
 from dist_sft.optim import build_optimizer
 from dist_sft.zero import DeepSpeed
 
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# NCCL's own 10 minutes are too short for a large model that one rank reads from a slow disk.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MARGIN = timedelta(minutes=10)
+FOREVER = timedelta(days=365)
 # Any number above 1 makes ZeRO 1 and 2 accumulate; where a step ends, micro_batch() says.
 ACCUMULATION = 2
 
@@ -172,7 +172,7 @@ def make_accelerator(recipe: Recipe, dtype: torch.dtype, project_dir: Path) -> A
     """
     on_gpu = torch.cuda.is_available()
     # accelerate splits CPU ranks into worlds of one unless it is given the backend.
-    group = InitProcessGroupKwargs("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    group = InitProcessGroupKwargs("nccl" if on_gpu else "gloo", timeout=patience(recipe.watchdog))
     common: dict[str, Any] = {
         "mixed_precision": PRECISION[dtype],
         "kwargs_handlers": [group],
@@ -185,6 +185,15 @@ def make_accelerator(recipe: Recipe, dtype: torch.dtype, project_dir: Path) -> A
     config = deepspeed_config(recipe.deepspeed, dtype, recipe.optimizer.clip)
     plugin = DeepSpeedPlugin(hf_ds_config=config)
     return Accelerator(gradient_accumulation_steps=ACCUMULATION, deepspeed_plugin=plugin, **common)
+
+
+def patience(watchdog: Watchdog) -> timedelta:
+    """Return how long a collective may wait: until after the watchdog has named who is late.
+
+    Its own timeout would blame the ranks that wait, and end a save that may take so long.
+    """
+    limits = (watchdog.seconds, watchdog.slow_seconds)
+    return max(timedelta(seconds=x) + MARGIN if x else FOREVER for x in limits)
 
 
 def deepspeed_config(sharding: DeepSpeed, dtype: torch.dtype, clip: float | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dist_sft import process
 from dist_sft.errors import UserError
 from dist_sft.runs import attempt_dir, attempts, start_attempt, write_atomically
 
@@ -34,6 +35,8 @@ class Owner:
     pid: int
     started: str
     """Start of the process in ticks since boot: process ids are used again."""
+    here: str
+    """Where its process number means anything; see `process.here`."""
     job: str | None = None
     """The SLURM job that it belongs to."""
     restart: int = 0
@@ -44,7 +47,9 @@ class Owner:
         """Return this process."""
         env, pid = os.environ, os.getpid()
         restart = int(env.get("SLURM_RESTART_COUNT", 0))
-        return cls(socket.gethostname(), pid, _start_of(pid), env.get("SLURM_JOB_ID"), restart)
+        started = process.start_of(pid) or ""
+        job = env.get("SLURM_JOB_ID")
+        return cls(socket.gethostname(), pid, started, process.here(), job, restart)
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -105,7 +110,11 @@ def claim(run_dir: Path, seen: Lease | None) -> int:
     if now not in (None, seen):
         attempt_dir(run_dir, attempt).rmdir()  # or it would fence the other one off
         raise _in_use(run_dir, now)
-    _write(run_dir, Lease(Owner.me(), attempt, 0))
+    try:
+        _write(run_dir, Lease(Owner.me(), attempt, 0))
+    except OSError as error:
+        attempt_dir(run_dir, attempt).rmdir()
+        raise UserError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from None
     return attempt
 
 
@@ -158,21 +167,8 @@ def owns(run_dir: Path, attempt: int) -> bool:
 
 
 def is_gone(owner: Owner) -> bool:
-    """Tell whether the owner is a process of this host that ended, or this job before a requeue."""
+    """Tell whether the owner is a process that ended here, or this job before a requeue."""
     me = Owner.me()
     if owner.job is not None and owner.job == me.job and owner.restart < me.restart:
         return True
-    return owner.host == me.host and _start_of(owner.pid) != owner.started
-
-
-def _start_of(pid: int) -> str:
-    """Return when a process of this host started, or "" where there is none.
-
-    In ticks since boot, from the kernel: psutil tells seconds of the clock, which may be set.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()  # the name in brackets may hold anything
-    return "" if fields[0] == "Z" else fields[19]
+    return owner.here == me.here and process.start_of(owner.pid) != owner.started

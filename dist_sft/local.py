@@ -102,11 +102,11 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
     """Run attempts until one does not crash, or `restarts` in a row brought no new checkpoint."""
     in_vain = 0
     while True:
-        before = list(manifest.folders(run_dir))
+        before = max(manifest.folders(run_dir), default=0)
         code = node.run(run_dir, lease.claim(run_dir, seen))
         if code != runs.FAILED:
             return code
-        in_vain = in_vain + 1 if list(manifest.folders(run_dir)) == before else 1
+        in_vain = 1 if max(manifest.folders(run_dir), default=0) > before else in_vain + 1
         if in_vain > restarts:
             if restarts:
                 print(
@@ -121,8 +121,7 @@ def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:
     """Return exactly what a run would use: the resolved recipe and the workers' command line."""
     run_dir = Path(recipe.run_dir)
     attempt = max(runs.attempts(run_dir), default=-1) + 1
-    group = node.Group(1, workers)
-    command = node.torchrun_command(run_dir, recipe.job, attempt, group, recipe.watchdog)
+    command = node.torchrun_command(run_dir, recipe.job, attempt, node.Group(1, workers))
     threads = node.threads_for(recipe.threads_per_worker, workers, gpus)
     variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
     return (

@@ -7,6 +7,7 @@ its own, as `sha256sum -c` reads it. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dist_sft.digests import sha256
+from dist_sft.errors import UserError
+from dist_sft.rollback import read_rollbacks
 from dist_sft.runs import write_atomically
 
 FORMAT = 2
@@ -28,8 +31,9 @@ Level = Literal["size", "sha256"]
 T = TypeVar("T")
 
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Errors that speak of a folder's content; others come from a file system that fails, and pass."""
-PAUSES = (0.5, 2.0)  # seconds before reading again after one of those
+ROTTEN = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""What file systems say of a block that is lost, and some of a server that does not answer."""
+PAUSES = (0.5, 2.0)  # seconds before reading again what may come back
 _FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -38,15 +42,22 @@ class DamagedCheckpoint(RuntimeError):
 
 
 class UnreadableCheckpoint(DamagedCheckpoint):
-    """Report a checkpoint that may be whole, but cannot be read here and now."""
+    """Report a checkpoint that cannot be read here and now."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"{error.filename}: {error.strerror}")
+        self.kind: Kind = "lost" if error.errno in ROTTEN else "out of reach"
+
+
+Kind = Literal["damaged", "lost", "out of reach"]
+"""Another content than was written; a read error that may last; one that will pass."""
 
 
 class Problem(NamedTuple):
     """What is wrong with a checkpoint."""
 
     text: str
-    unreadable: bool = False
-    """The file may be whole, but cannot be read here and now."""
+    kind: Kind = "damaged"
 
     def __str__(self) -> str:
         return self.text
@@ -58,7 +69,20 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def folders(run_dir: Path) -> dict[int, Path]:
-    """Return the folders of all finished checkpoints by step, oldest first."""
+    """Return the folders of all finished checkpoints by step, oldest first.
+
+    But for those that the run went back from: nothing goes on from them.
+    """
+    rollbacks = read_rollbacks(run_dir)
+    return {
+        step: path
+        for step, path in every_folder(run_dir).items()
+        if not any(rollback.spoils(step) for rollback in rollbacks)
+    }
+
+
+def every_folder(run_dir: Path) -> dict[int, Path]:
+    """Return the folders of all finished checkpoints, those that nothing goes on from included."""
     found = {
         int(match[1]): path
         for path in (run_dir / "checkpoints").glob("step-*")
@@ -84,7 +108,7 @@ def best(run_dir: Path) -> int | None:
 
 def untrusted(folder: Path) -> str | None:
     """Say why somebody else may have changed a checkpoint, or return None."""
-    for path in (folder, *folder.rglob("*")):
+    for path in (folder.parent, folder, *folder.rglob("*")):
         status = path.stat()
         if status.st_uid != os.getuid():
             return f"{path} belongs to another user ({status.st_uid})"
@@ -109,17 +133,21 @@ def read(folder: Path) -> dict[str, Any]:
     except MISSING as error:
         raise DamagedCheckpoint(f"{error.filename}: {error.strerror}") from None
     except OSError as error:
-        raise UnreadableCheckpoint(f"{error.filename}: {error.strerror}") from None
+        raise UnreadableCheckpoint(error) from None
     if f"{hashlib.sha256(text).hexdigest()}  {NAME}\n".encode() != expected:
         raise DamagedCheckpoint(f"{folder / NAME}: not what was written (see {CHECKSUM})")
     manifest: dict[str, Any] = json.loads(text)
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{folder} has format {manifest['format']}, and this dist_sft reads {FORMAT}: install "
+            "the version that wrote it"
+        )
+    named = _FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise DamagedCheckpoint(f"{folder} is the checkpoint of step {manifest['step']}")
     for name in map(Path, manifest["files"]):
         if name.is_absolute() or ".." in name.parts:
             raise DamagedCheckpoint(f"{folder / NAME}: {name} is not within the folder")
-    if manifest["format"] != FORMAT:
-        raise UnreadableCheckpoint(
-            f"{folder}: format {manifest['format']}; this dist_sft reads {FORMAT}"
-        )
     return manifest
 
 
@@ -148,9 +176,12 @@ def problems(
                 found.append(Problem(f"{path}: {size} bytes, {entry['size']} were written"))
             elif level == "sha256" and _patiently(lambda: sha256(path)) != entry["sha256"]:  # noqa: B023
                 found.append(Problem(f"{path}: its content is not what was written (SHA-256)"))
+        except MISSING as error:
+            found.append(Problem(f"{path}: {error.strerror}"))
         except OSError as error:
-            unreadable = not isinstance(error, MISSING)
-            found.append(Problem(f"{path}: {error.strerror}", unreadable))
+            error.filename = path
+            unreadable = UnreadableCheckpoint(error)
+            found.append(Problem(str(unreadable), unreadable.kind))
     return found
 
 
@@ -163,8 +194,10 @@ def check(
     """
     try:
         content = read(folder)
+    except UnreadableCheckpoint as error:
+        return {}, [Problem(str(error), error.kind)]
     except DamagedCheckpoint as error:
-        return {}, [Problem(str(error), isinstance(error, UnreadableCheckpoint))]
+        return {}, [Problem(str(error))]
     return content, problems(folder, content, sorted(content["files"])[part], level)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import signal
@@ -24,17 +23,14 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from dist_sft import lease, runs
-from dist_sft.config import Watchdog as Limits
+from dist_sft import lease, process, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
-from dist_sft.stopping import IGNORED, RELAYED, Relay
-from dist_sft.watchdog import FOLDER, Watchdog, state_of
+from dist_sft.stopping import Relay
+from dist_sft.watchdog import FOLDER, Watchdog
 
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
-NEVER = 10**6  # seconds
 WATCH_SECONDS = 1.0  # between two looks at the ranks
-KILL_SECONDS = 10.0  # what the kernel gets to end a process; one that waits for a disk may stay
 WORDS_SECONDS = 5.0  # what node 0 gives others to say why they failed
 
 
@@ -49,11 +45,8 @@ class Group:
     port: int | None = None
 
 
-def torchrun_command(
-    run_dir: Path, job: str, attempt: int, group: Group, limits: Limits
-) -> list[str]:
+def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> list[str]:
     """Return the command line that starts this node's ranks."""
-    patience = (limits.seconds or NEVER) + (limits.slow_seconds or NEVER)
     if group.nodes == 1:
         rendezvous = ["--standalone"]
     else:
@@ -66,13 +59,10 @@ def torchrun_command(
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "dist_sft.deaf_torchrun",
         *rendezvous,
         f"--nproc-per-node={group.workers_per_node}",
-        # torchrun would kill 30 seconds later. Ranks that take the rest of a step and a
-        # checkpoint's time are watched, here as everywhere.
-        f"--signals-to-handle={RELAYED.name}",
-        f"--shutdown-timeout={math.ceil(patience)}",
+        "--signals-to-handle=SIGPWR",  # nobody sends that, and there must be one
         "-m",
         f"dist_sft.{job}",
         str(run_dir),
@@ -154,19 +144,20 @@ def run(run_dir: Path, attempt: int) -> int:
         lost = stack.enter_context(owning)
         errors = stack.enter_context(open(log, "w", encoding="utf-8"))
         hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
-        command = torchrun_command(run_dir, recipe.job, attempt, group, limits)
+        watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
+        # However this ends: no rank stays behind, as when torchrun was killed.
+        stack.callback(lambda: process.kill(watchdog.living()))
+        relay.attach(hearts)
         if group.node_rank == 0:
             print(f"attempt {attempt}: starting workers: {workers}, logs: {log.parent}", flush=True)
         # Its own session: a Ctrl-C in the terminal reaches this process, which passes it on once.
         child = subprocess.Popen(
-            ["sh", "-c", f'trap "" {" ".join(IGNORED)}; exec "$@"', "sh", *command],
+            torchrun_command(run_dir, recipe.job, attempt, group),
             env=os.environ | rank_environment(threads, gpus) | {FOLDER: str(hearts)},
             stderr=errors,
             start_new_session=True,
         )
-        relay.attach(child, hearts)
-        watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
-        watch(child, watchdog, relay, run_dir, attempt, lost)
+        watch(child, watchdog, relay, run_dir, attempt, group.workers_per_node, lost)
         ended = _Ended(child.returncode, log, group)
         if relay.received is None:
             ended.report_a_killed_rank(run_dir, attempt)
@@ -174,7 +165,8 @@ def run(run_dir: Path, attempt: int) -> int:
         if outcome is None:
             outcome = reconstruct(run_dir, attempt, ended, relay)
             if group.node_rank == 0:
-                runs.write_outcome(run_dir, attempt, outcome)
+                with contextlib.suppress(OSError):  # a full disk: the exit code still says it
+                    runs.write_outcome(run_dir, attempt, outcome)
             elif outcome.code != runs.STOPPED:
                 ended.report_silence(run_dir, attempt, outcome)
     if outcome.code != runs.FINISHED:
@@ -190,12 +182,13 @@ def watch(
     relay: Relay,
     run_dir: Path,
     attempt: int,
+    ranks: int,
     lost: threading.Event | None = None,
 ) -> None:
     """Wait until torchrun has ended; end it where a rank hangs, and write down which one.
 
-    End it, too, where the run is `lost` to another launcher: what these ranks compute counts for
-    nothing any more.
+    End it, too, where somebody asks to stop before there is anything to save, or where the run is
+    `lost` to another launcher: what these ranks compute counts for nothing any more.
     """
     while True:
         try:
@@ -204,28 +197,27 @@ def watch(
         except subprocess.TimeoutExpired:
             stuck = watchdog.look()
         taken = lost is not None and lost.is_set()
+        early = relay.received is not None and watchdog.is_early(ranks)
+        with contextlib.suppress(OSError):  # a full disk must not keep them alive
+            if stuck:
+                outcome = runs.Outcome(runs.FAILED, str(stuck), -1)
+                runs.write_failure(run_dir, attempt, stuck.rank, outcome, killed=True)
+            elif taken:
+                reason = f"another launcher has taken over {run_dir}: this attempt ended unsaved"
+                runs.write_failure(run_dir, attempt, 0, runs.Outcome(runs.FAILED, reason, -1))
         if stuck:
-            outcome = runs.Outcome(runs.FAILED, str(stuck), -1)
-            runs.write_failure(run_dir, attempt, stuck.rank, outcome, killed=True)
-            watchdog.end()
-        elif taken:
-            reason = f"another launcher has taken over {run_dir}: this attempt ended unsaved"
-            runs.write_failure(run_dir, attempt, 0, runs.Outcome(runs.FAILED, reason, -1))
-        if stuck or taken or relay.leaves:
+            watchdog.dump()
+        if stuck or taken or early or relay.leaves:
             kill(child)
 
 
 def kill(torchrun: subprocess.Popen[bytes]) -> None:
     """End torchrun and its ranks, which are in sessions of their own, and see them ended."""
-    torchrun.send_signal(signal.SIGSTOP)  # from now on it starts no other
-    processes = psutil.Process(torchrun.pid).children(recursive=True)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    torchrun.kill()
-    deadline = time.monotonic() + KILL_SECONDS
-    while any(state_of(p.pid) for p in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended in this moment
+        torchrun.send_signal(signal.SIGSTOP)  # from now on it starts no other
+        processes = psutil.Process(torchrun.pid).children(recursive=True)
+        torchrun.kill()
+        process.kill(child.pid for child in processes)
 
 
 def _await_outcome(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> runs.Outcome | None:

@@ -64,8 +64,8 @@ class Reader:
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers that belong to the weights; most models have none."""
-        file = self.folder / "model" / BUFFERS
-        return load_file(file) if file.exists() else {}
+        name = f"model/{BUFFERS}"
+        return load_file(self.folder / name) if name in self.manifest["files"] else {}
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -51,9 +51,10 @@ class Restorer:
         Raises UserError where it was trained on other data, for the order of rows would be another
         one, or began from another model, unless a person has allowed that.
         """
-        step = self._newest(self.passed)
+        found = world.on_rank_0(lambda: list(manifest.folders(self._run_dir)))
+        step = self._newest(lambda step: False)
         if step is None:
-            if world.on_rank_0(lambda: bool(manifest.folders(self._run_dir))):
+            if world.on_rank_0(lambda: bool(manifest.every_folder(self._run_dir))):
                 raise UserError(
                     f"all checkpoints in {self._run_dir}/checkpoints are of steps that the run "
                     "went back over (rollbacks.json). Put the one that it went back to in its "
@@ -76,7 +77,12 @@ class Restorer:
             hashes = {f"{key} (hash)": change for key, change in changed.items()}
             world.on_rank_0(lambda: runs.record_change(self._run_dir, self._attempt, hashes))
         checkpoint.restore(folder, self._engine)
-        self._say(f"continuing after step {step} (checked by {self._level})")
+        over = [str(newer) for newer in reversed(found) if newer > step]
+        skipped = f", passed over: {', '.join(over)} (see above)" if over else ""
+        self._say(
+            f"continuing after step {step} (checked by {self._level}; checkpoints found: "
+            f"{len(found)}{skipped})"
+        )
         # A streak that led to going back ended there.
         return step, None if self.passed(step + 1) else saved.get("streaks")
 
@@ -85,8 +91,9 @@ class Restorer:
 
         Raises Diverged where there is none.
         """
-        tried = {rollback.checkpoint for rollback in self.rollbacks[-1:]}
-        target = self._newest(lambda step: step in tried or self.passed(step))
+        # A stop right after going back has saved the same state once more.
+        tried = {step for last in self.rollbacks[-1:] for step in (last.checkpoint, last.step)}
+        target = self._newest(tried.__contains__)
         if target is None:
             older = "older " if tried else ""
             raise Diverged(f"{reason}; there is no {older}checkpoint to go back to. {ADVICE}")

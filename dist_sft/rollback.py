@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_sft.errors import UserError
 from dist_sft.runs import write_atomically
 
 FILE = "rollbacks.json"
@@ -28,6 +29,13 @@ class Rollback:
         """Tell whether a step is one of those that were gone back over."""
         return self.checkpoint < step <= self.step
 
+    def spoils(self, step: int) -> bool:
+        """Tell whether the checkpoint of a step holds what was gone back from.
+
+        That of `step` itself does not: it can only have been saved afterwards.
+        """
+        return self.checkpoint < step < self.step
+
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
     """Return the rollbacks of a run, from its `rollbacks.json`."""
@@ -43,5 +51,8 @@ def record_rollback(run_dir: Path, rollback: Rollback, attempt: int, reason: str
 
 def _read(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / FILE
-    found: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON any more: {error}") from None
     return found

@@ -142,6 +142,8 @@ def _verify(options: argparse.Namespace) -> int:
     lowest, wrong, unknown = best(options.run_dir), [], []
     for step, folder in _checkpoints(options).items():
         content, found = check(folder)
+        if not folder.exists():  # a run that works meanwhile has deleted it
+            continue
         wrong += found
         unknown += strangers(folder, content) if content else []
         files = content.get("files", {})

@@ -18,6 +18,8 @@ from dist_sft.engine import Engine
 from dist_sft.export import persistent_buffers
 from dist_sft.metrics import MetricsFile
 
+DEFAULT_MINUTES = 15.0
+
 
 class Saver:
     """Save without holding up training: for as long as the state is copied, and no longer.
@@ -54,7 +56,8 @@ class Saver:
     def is_due(self) -> bool:
         """Tell on rank 0, whose clock counts, whether the last checkpoint is too long ago."""
         minutes = (time.monotonic() - self._began) / 60
-        return dist.get_rank() == 0 and minutes >= (self._settings.minutes or math.inf)
+        default = math.inf if self._settings.every else DEFAULT_MINUTES
+        return dist.get_rank() == 0 and minutes >= (self._settings.minutes or default)
 
     @property
     def is_written(self) -> bool:

@@ -1,10 +1,7 @@
 """Stop at a step boundary: a signal or the STOP file raises a flag that the ranks agree on.
 
-A node relays signals to its ranks (`Relay`); a rank remembers them until a step ends (`StopFlag`).
-
-Schedulers send a signal to a node's process, to its whole group, or to every process of a job, and
-torchrun between node and ranks abandons its ranks when it gets a second one. So torchrun ignores
-all signals but one, which its node alone sends; why it does is in a file.
+A node hears signals (`Relay`) and tells its ranks in a file beside their heartbeats; a rank that
+gets a signal itself remembers it until a step ends (`StopFlag`).
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +22,9 @@ ONE_SIGNAL_SECONDS = 1.0
 to its group."""
 
 
-RELAYED = signal.SIGHUP
-"""What a node sends to torchrun, and torchrun to its ranks."""
-IGNORED = ("TERM", "INT", "USR1", "QUIT")
-"""What torchrun is started with ignored, as a shell names them."""
 REASON = "stop"
 """Name of the file, in the folder of heartbeats, that says which signal the node got."""
+BLANK = b" " * 16
 
 
 class StopFlag:
@@ -44,8 +37,8 @@ class StopFlag:
         self._signal: int | None = None
 
     def listen(self) -> None:
-        """Raise the flag on signals from now on; handlers do nothing else."""
-        for number in (RELAYED, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        """Raise the flag on USR1, TERM and INT from now on; handlers do nothing else."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._raise)
 
     def _raise(self, number: int, _frame: FrameType | None) -> None:
@@ -54,17 +47,18 @@ class StopFlag:
     @property
     def reason(self) -> str | None:
         """Return why this rank was asked to stop, or None."""
-        if self._signal == RELAYED and self._told and self._told.exists():
-            return f"signal {self._told.read_text()}"
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
+        told = self._told.read_text().strip() if self._told and self._told.exists() else ""
+        if told:
+            return f"signal {told}"
         return "STOP file" if self._file and self._file.exists() else None
 
 
 class Relay:
-    """Pass the first signal that asks this node to stop on to torchrun, and only that one.
+    """Tell the ranks of this node about the first signal that asks it to stop.
 
-    The ranks checkpoint and end. A closed terminal asks for the same as TERM, unless somebody said
+    They checkpoint and end. A closed terminal asks for the same as TERM, unless somebody said
     `nohup`. Who sends INT or TERM again does not want to wait for the checkpoint: the node
     `leaves`; but a scheduler that says TERM twice has KILL for that.
     """
@@ -77,13 +71,11 @@ class Relay:
         )
         self.received: signal.Signals | None = None
         self.signals = 0
-        """How many came, those that were not passed on among them."""
+        """How many came."""
         self.leaves = False
         """Whether the ranks shall be ended at once."""
         self._asked_at: float | None = None
-        self._passed_on = False
-        self._child: subprocess.Popen[bytes] | None = None
-        self._told: Path | None = None
+        self._told: int | None = None
 
     def __enter__(self) -> Self:
         self._before = {
@@ -94,13 +86,19 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._told is not None:
+            os.close(self._told)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def attach(self, child: subprocess.Popen[bytes], hearts: Path) -> None:
-        """Signal this process from now on, and for one that came before; say why in `hearts`."""
-        self._child, self._told = child, hearts / REASON
-        self._pass_on()
+    def attach(self, hearts: Path) -> None:
+        """Tell the ranks that look into this folder from now on, and of what came before.
+
+        The file has its size before it is needed: then even a full disk takes what it says.
+        """
+        self._told = os.open(hearts / REASON, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.pwrite(self._told, BLANK, 0)
+        self._tell()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.signals += 1
@@ -119,10 +117,8 @@ class Relay:
         self.received = self.received or signal.Signals(number)
         with contextlib.suppress(OSError):  # the terminal may be what went away
             os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
-        self._pass_on()
+        self._tell()
 
-    def _pass_on(self) -> None:
-        if self.received and self._child and self._told and not self._passed_on:
-            self._passed_on = True  # first: a handler may interrupt `attach`
-            self._told.write_text(self.received.name)
-            self._child.send_signal(RELAYED)
+    def _tell(self) -> None:
+        if self.received and self._told is not None:
+            os.pwrite(self._told, self.received.name.encode(), 0)

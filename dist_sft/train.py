@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,7 +20,19 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from dist_sft import attention, checkpoint, data, hub, manifest, report, runs, shards, world
+from dist_sft import (
+    attention,
+    checkpoint,
+    data,
+    deaf_torchrun,
+    hub,
+    manifest,
+    process,
+    report,
+    runs,
+    shards,
+    world,
+)
 from dist_sft.batches import Batch, Feeder
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.console import Console, redirect_output
@@ -79,7 +93,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         train_set, eval_sets = data.open_datasets(stores, recipe.data, recipe.seed)
 
         # 3. Join the other ranks, and make sure that all are of one mind.
-        heart.beat("loading")
+        heart.beat("joining")
         accelerator = make_accelerator(recipe, dtype, run_dir)
         # After a failure other ranks may be in a collective: leaving it politely could hang.
         stack.push(lambda kind, *_: accelerator.end_training() if kind is None else None)
@@ -93,6 +107,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         # Before this line a signal ends a rank at once: there is nothing to save yet.
         stop = StopFlag(run_dir / "STOP" if place.rank == 0 else None)
         stop.listen()
+        heart.beat("loading")
         peak, peak_source = peak_rate(place.device, dtype)
 
         # 4. Model, optimizer, sharding; prove that packing is safe on this model.
@@ -128,8 +143,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
             "code": launch.revision,
         }
-        if place.rank == 0:
-            checkpoint.remove_leftovers(run_dir)
+        world.on_rank_0(lambda: checkpoint.clean_up(run_dir, attempt))
 
         restorer = Restorer(
             run_dir, attempt, engine, recipe.checkpoint.verify, launch.options, console.say
@@ -379,6 +393,9 @@ def describe(line: dict[str, Any]) -> str:
 def run_rank(run_dir: Path, attempt: int) -> int:
     """Run one rank to its end and write down how it went; return the process's exit code."""
     rank = int(os.environ["RANK"])
+    process.die_with_parent()
+    for number in deaf_torchrun.IGNORED:  # torchrun's deafness is not for its ranks
+        signal.signal(number, signal.SIG_DFL)
     terminal = redirect_output(runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log")
     console = Console(terminal if rank == 0 else None)
     faulthandler.register(DUMP_SIGNAL, file=sys.stderr)  # where it hangs, when its node asks
@@ -389,10 +406,12 @@ def run_rank(run_dir: Path, attempt: int) -> int:
         traceback.print_exc()
         code = runs.WRONG_INPUT if isinstance(error, UserError) else runs.FAILED
         reason = str(error) if code == runs.WRONG_INPUT else f"{type(error).__name__}: {error}"
-        runs.write_failure(run_dir, attempt, rank, Outcome(code, reason, -1))
+        with contextlib.suppress(OSError):
+            runs.write_failure(run_dir, attempt, rank, Outcome(code, reason, -1))
         return code
     if rank == 0:
-        runs.write_outcome(run_dir, attempt, outcome)
+        with contextlib.suppress(OSError):  # a full disk: its node says how it went
+            runs.write_outcome(run_dir, attempt, outcome)
     return 0  # torchrun takes any other code for a crash
 
 

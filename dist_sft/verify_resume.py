@@ -12,7 +12,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from dist_sft import manifest, report, runs
+from dist_sft import manifest, process, report, runs
 from dist_sft.errors import UserError
 from dist_sft.pieces import Reader
 
@@ -45,7 +45,7 @@ def verify_resume(
             [
                 *(sys.executable, "-m", "dist_sft.local", "train", str(recipe), *overrides),
                 *(f"run_dir={run_dir}", "train.epochs=null", f"train.steps={steps}"),
-                *("checkpoint.every=1", f"checkpoint.keep={max(2, steps)}", "trackers=[]"),
+                *("checkpoint.every=1", "checkpoint.keep=2", "trackers=[]"),
                 *("--workers", str(workers)),
             ],
             stdout=subprocess.DEVNULL,
@@ -63,8 +63,8 @@ def verify_resume(
         if launcher.poll() is not None:
             raise UserError(f"the run in {killed} ended before step {kill_at}, see above")
         time.sleep(0.01)
-    for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
-        process.kill()
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    process.kill([launcher.pid, *(child.pid for child in children)])
     launcher.wait()
     left = max(manifest.folders(killed))
     if left >= steps:

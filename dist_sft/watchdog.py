@@ -16,12 +16,16 @@ from pathlib import Path
 
 import psutil
 
+from dist_sft.process import start_of, state_of
+
 FOLDER = "DIST_SFT_HEARTBEATS"
 """Name of the variable by which a node tells its ranks where to write."""
 DUMP_SIGNAL = signal.SIGUSR2
 DUMP_SECONDS = 3.0
-SLOW = ("loading", "saving", "exporting")
+SLOW = ("joining", "loading", "saving", "exporting")
 """Phases whose length depends on the size of the model, not of a micro-batch."""
+EARLY = ("preparing", "joining")
+"""Phases in which there is nothing to save yet, and nobody looks whether to stop."""
 WIDTH = 96
 
 
@@ -36,12 +40,13 @@ class Heart:
         if folder:
             path = Path(folder) / environment["RANK"]
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            self._me = f"{os.getpid()} {start_of(os.getpid())}"
 
     def beat(self, phase: str) -> None:
         """Show progress: a phase begins, or a part of it."""
         if self._file is not None:
             self._beats += 1
-            text = f"{os.getpid()} {self._beats} {self.step} {phase}"
+            text = f"{self._me} {self._beats} {self.step} {phase}"
             os.pwrite(self._file, text.ljust(WIDTH).encode(), 0)
 
 
@@ -62,9 +67,23 @@ class Stuck:
         return f"rank {self.rank} has made no progress for {self.seconds:.0f} s ({where}): {why}"
 
 
+@dataclass(frozen=True)
+class _Beat:
+    """What a rank's file says."""
+
+    pid: int
+    start: str
+    number: int
+    step: int
+    phase: str
+
+    def is_alive(self) -> bool:
+        return start_of(self.pid) == self.start
+
+
 @dataclass
 class _Seen:
-    text: str
+    beat: _Beat
     at: float
     ran_at: float
     """When its process was last found running, and not stopped."""
@@ -76,7 +95,7 @@ class Watchdog:
     def __init__(self, folder: Path, seconds: float | None, slow_seconds: float | None) -> None:
         self._folder = folder
         # Encoding millions of rows takes as long as it takes.
-        self._limits = {"preparing": None, **dict.fromkeys(SLOW, slow_seconds)}
+        self._limits = {**dict.fromkeys(SLOW, slow_seconds), "preparing": None}
         self._limit = seconds
         self._seen: dict[int, _Seen] = {}
 
@@ -87,39 +106,44 @@ class Watchdog:
         its limit everywhere.
         """
         now = time.monotonic()
-        for path in filter(lambda path: path.name.isdecimal(), self._folder.iterdir()):
-            text, rank = path.read_text(), int(path.name)
-            if text and (rank not in self._seen or self._seen[rank].text != text):
-                self._seen[rank] = _Seen(text, now, now)
         stuck = []
-        for rank, seen in self._seen.items():
-            pid, _, step, phase = seen.text.split()
-            state = state_of(int(pid))
-            if state is None:
+        for rank, beat in self._beats().items():
+            seen = self._seen.setdefault(rank, _Seen(beat, now, now))
+            if seen.beat != beat:
+                seen.beat, seen.at = beat, now
+            if not beat.is_alive():
                 continue
-            stopped = state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            stopped = state_of(beat.pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
             if not stopped:
                 seen.ran_at = now
             since = seen.ran_at if stopped else seen.at
-            limit = self._limit if stopped else self._limits.get(phase, self._limit)
+            limit = self._limit if stopped else self._limits.get(beat.phase, self._limit)
             if limit is not None and now - since > limit:
-                stuck.append(Stuck(rank, int(step), phase, now - since, stopped))
+                stuck.append(Stuck(rank, beat.step, beat.phase, now - since, stopped))
         return max(stuck, key=lambda found: (found.stopped, found.seconds), default=None)
 
-    def end(self) -> None:
-        """Let every rank write its threads' stacks into its log, then kill it."""
-        for number in (DUMP_SIGNAL, signal.SIGKILL):
-            for seen in self._seen.values():
+    def is_early(self, ranks: int) -> bool:
+        """Tell whether one of so many ranks has nothing to save yet, or has not begun."""
+        beats = self._beats()
+        return len(beats) < ranks or any(beat.phase in EARLY for beat in beats.values())
+
+    def dump(self) -> None:
+        """Let every rank write its threads' stacks into its log."""
+        for beat in self._beats().values():
+            if beat.is_alive():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(seen.text.split()[0]), number)
-            if number == DUMP_SIGNAL:
-                time.sleep(DUMP_SECONDS)
+                    os.kill(beat.pid, DUMP_SIGNAL)
+        time.sleep(DUMP_SECONDS)
 
+    def living(self) -> list[int]:
+        """Return the process numbers of the ranks that have not ended."""
+        return [beat.pid for beat in self._beats().values() if beat.is_alive()]
 
-def state_of(pid: int) -> str | None:
-    """Return what the kernel says a process does, or None where it has ended."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        state: str = psutil.Process(pid).status()
-        if state not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return state
-    return None
+    def _beats(self) -> dict[int, _Beat]:
+        beats = {}
+        for path in filter(lambda path: path.name.isdecimal(), self._folder.iterdir()):
+            words = path.read_text().split()
+            if words:  # it may be about to write
+                pid, start, number, step, phase = words
+                beats[int(path.name)] = _Beat(int(pid), start, int(number), int(step), phase)
+        return beats

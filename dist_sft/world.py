@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import sys
 from collections import Counter
@@ -92,12 +93,20 @@ def on_rank_0(work: Callable[[], T]) -> T:
         try:
             box[0] = work()
         except Exception as error:
-            box[1] = error
+            box[1] = error if _can_be_sent(error) else RuntimeError(repr(error))
     dist.broadcast_object_list(box, src=0)
     result, failure = box
     if failure is not None:
         raise failure
     return cast("T", result)
+
+
+def _can_be_sent(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def disagreements(everyone: list[tuple[tuple[int, str], dict[str, Any]]]) -> list[str]:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 import yaml
 
 from dist_sft import local, node, runs, stopping
-from dist_sft.config import Watchdog, read_config_json
+from dist_sft.config import read_config_json
 from dist_sft.console import Console
 from dist_sft.errors import UserError
 from dist_sft.lease import Lease, Owner
@@ -60,7 +60,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """
 
     def replace(program: str) -> None:
-        def command(run_dir: Path, job: str, attempt: int, group: Group, _: Watchdog) -> list[str]:
+        def command(run_dir: Path, job: str, attempt: int, group: Group) -> list[str]:
             folder = str(runs.attempt_dir(run_dir, attempt))
             head = (
                 "import json, os, signal, sys, time\nfrom pathlib import Path\n"
@@ -79,14 +79,13 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_command_for_one_node() -> None:
-    assert torchrun_command(Path("runs/x"), "train", 3, Group(1, 2), Watchdog()) == [
+    assert torchrun_command(Path("runs/x"), "train", 3, Group(1, 2)) == [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "dist_sft.deaf_torchrun",
         "--standalone",
         "--nproc-per-node=2",
-        "--signals-to-handle=SIGHUP",
-        "--shutdown-timeout=9000",
+        "--signals-to-handle=SIGPWR",
         "-m",
         "dist_sft.train",
         "runs/x",
@@ -95,7 +94,7 @@ def test_command_for_one_node() -> None:
 
 
 def test_command_for_several_nodes() -> None:
-    command = torchrun_command(Path("x"), "train", 0, Group(4, 8, 3, "head", 29500), Watchdog())
+    command = torchrun_command(Path("x"), "train", 0, Group(4, 8, 3, "head", 29500))
     assert command[3:8] == [
         "--nnodes=4",
         "--node-rank=3",
@@ -185,8 +184,8 @@ def test_dry_run_prints_exactly_what_would_run(
     assert command == (
         "TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 OMP_NUM_THREADS=3 "
         "MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=68719476736 "
-        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2 "
-        "--signals-to-handle=SIGHUP --shutdown-timeout=9000 "
+        f"{sys.executable} -m dist_sft.deaf_torchrun --standalone --nproc-per-node=2 "
+        "--signals-to-handle=SIGPWR "
         f"-m dist_sft.train {setup.run_dir} --attempt=0\n"
     )
     assert errors == ""
@@ -655,7 +654,7 @@ def test_a_node_that_was_stopped_waits_for_rank_0(
     """Torchrun ends with 1 after a signal even where its ranks have ended with 0."""
     on_two_nodes(setup, monkeypatch)
     monkeypatch.setenv("NODE_RANK", "1")
-    ranks(LISTENER.replace("write(", "sys.exit(1) or write("))
+    ranks(LISTENER.replace('write("outcome', 'sys.exit(1) or write("outcome'))
     thread = send_when_listening(setup.run_dir, signal.SIGUSR1)
     timer = rank_0_says(setup, Outcome(runs.STOPPED, "stopped after step 3", 3), after=3.0)
     assert node.run(setup.run_dir, 0) == runs.STOPPED
@@ -840,17 +839,18 @@ def test_node_refuses_what_it_cannot_run(
 
 # ---- signals ---------------------------------------------------------------------------------
 
-# Stands for torchrun: says when it listens, counts what it gets, and ends when it got something.
-LISTENER = """
-got = []
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-    signal.signal(number, lambda number, _: got.append(signal.Signals(number).name))
+# Stands for torchrun and a rank beyond its start: ends when its node says why it should.
+RANK = """
+from dist_sft.process import start_of
+hearts = Path(os.environ["DIST_SFT_HEARTBEATS"])
+(hearts / "0").write_text(f"{os.getpid()} {start_of(os.getpid())} 1 3 forward")
 (attempt / "listening").touch()
-while not got:
+"""
+LISTENER = f"""{RANK}
+while not (told := (hearts / "stop").read_text().strip()):
     time.sleep(0.01)
 time.sleep(0.3)
-why = (Path(os.environ["DIST_SFT_HEARTBEATS"]) / "stop").read_text()
-write("outcome.json", code=75, reason=" ".join(got) + f" for {why}", step=3)
+write("outcome.json", code=75, reason=told, step=3)
 """
 
 
@@ -895,7 +895,7 @@ def test_the_first_signal_reaches_the_ranks_once(
     hint = again if numbers[0] in (signal.SIGINT, signal.SIGTERM) else ""
     assert capfd.readouterr().err == (
         f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends{hint}\n"
-        f"SIGHUP for {passed_on}\nthe same command continues the run\n"
+        f"{passed_on}\nthe same command continues the run\n"
     )
     assert [signal.getsignal(number) for number in Relay.HEARD] == before
 
@@ -924,8 +924,7 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(
     """
     monkeypatch.setattr(stopping, "ONE_SIGNAL_SECONDS", 0.01)
     ranks(
-        "import subprocess\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        RANK.replace("(attempt", "(hearts") + "import subprocess\n"
         "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"
         "                        start_new_session=True)\n"
         "(attempt / 'rank').write_text(str(rank.pid))\n"
@@ -964,7 +963,7 @@ def test_ctrl_c_while_a_launcher_watches_another_one(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup.launch("--prepare")
-    owner = replace(Owner.me(), host="another-host")
+    owner = replace(Owner.me(), host="another-host", here="another boot")
     (setup.run_dir / "lease.json").write_text(json.dumps(asdict(Lease(owner, 0, 0))))
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert setup.launch() == runs.STOPPED
@@ -975,10 +974,9 @@ def test_ctrl_c_while_a_launcher_watches_another_one(
 def test_a_signal_before_torchrun_starts_is_not_lost(tmp_path: Path) -> None:
     with Relay() as relay:
         signal.raise_signal(signal.SIGUSR1)
-        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
-            relay.attach(child, tmp_path)
-            assert child.wait() == -signal.SIGHUP
-    assert (tmp_path / stopping.REASON).read_text() == "SIGUSR1"
+        relay.attach(tmp_path)
+        signal.raise_signal(signal.SIGTERM)
+    assert (tmp_path / stopping.REASON).read_text().strip() == "SIGUSR1", "the first one counts"
 
 
 def test_a_scheduler_may_say_term_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -989,22 +987,6 @@ def test_a_scheduler_may_say_term_twice(monkeypatch: pytest.MonkeyPatch) -> None
             time.sleep(0.01)
             signal.raise_signal(signal.SIGTERM)
             assert relay.leaves == leaves
-
-
-def test_a_signal_while_torchrun_is_attached_is_passed_on_once(tmp_path: Path) -> None:
-    class Child:
-        sent: ClassVar[list[int]] = []
-
-        def send_signal(self, number: int) -> None:
-            self.sent.append(number)
-            if len(self.sent) == 1:  # the handler interrupts what it interrupts
-                signal.raise_signal(signal.SIGTERM)
-
-    with Relay() as relay:
-        signal.raise_signal(signal.SIGUSR1)
-        relay.attach(Child(), tmp_path)
-        relay._pass_on()
-    assert Child.sent == [signal.SIGHUP]
 
 
 def test_nohup_is_respected() -> None:
@@ -1020,19 +1002,18 @@ def test_nohup_is_respected() -> None:
 
 def test_a_rank_remembers_why_it_should_stop(tmp_path: Path) -> None:
     flag = StopFlag(tmp_path / "STOP", {"DIST_SFT_HEARTBEATS": str(tmp_path)})
-    signals = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-    before = {n: signal.getsignal(n) for n in signals}
+    before = {n: signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    (tmp_path / stopping.REASON).write_bytes(stopping.BLANK)
     try:
         flag.listen()
         assert flag.reason is None
         (tmp_path / "STOP").touch()
         assert flag.reason == "STOP file"
+        (tmp_path / stopping.REASON).write_text("SIGHUP".ljust(16))
+        assert flag.reason == "signal SIGHUP", "what its node got"
         for number in before:
             signal.raise_signal(number)
             assert flag.reason == f"signal {number.name}"
-        (tmp_path / stopping.REASON).write_text("SIGUSR1")
-        signal.raise_signal(signal.SIGHUP)
-        assert flag.reason == "signal SIGUSR1", "what its node got"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

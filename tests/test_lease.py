@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_sft import lease, runs
+from dist_sft import lease, process, runs
 from dist_sft.errors import UserError
 from dist_sft.lease import Lease, Owner
 
@@ -30,7 +30,7 @@ def put(run_dir: Path, owner: Owner, attempt: int = 3, heartbeat: int = 7) -> No
 
 
 def elsewhere() -> Owner:
-    return replace(Owner.me(), host="another-host")
+    return replace(Owner.me(), host="another-host", here="another boot")
 
 
 def waits(run_dir: Path) -> list[str]:
@@ -86,10 +86,32 @@ def test_a_process_of_this_host_that_is_gone_holds_nothing(tmp_path: Path, how: 
     assert waits(tmp_path) == []
 
 
+def test_a_process_of_another_container_with_our_hosts_name_may_be_alive(tmp_path: Path) -> None:
+    """The number of the process is nobody's here, which says nothing about there."""
+    holds = (
+        "import sys, time\nfrom pathlib import Path\nfrom dist_sft import lease\n"
+        "lease.HEARTBEAT_SECONDS = 0.05\n"
+        "with lease.hold(Path(sys.argv[1]), 0): time.sleep(60)"
+    )
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*unshare, sys.executable, "-c", holds, str(tmp_path)]
+    with subprocess.Popen(command, env=environment) as holder:
+        try:
+            while not (tmp_path / "lease.json").exists():
+                time.sleep(0.05)
+            with pytest.raises(UserError, match=r"in use by process \d+"):
+                waits(tmp_path)
+        finally:
+            holder.kill()
+
+
 def test_a_zombie_is_gone(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
-    owner = replace(Owner.me(), pid=child.pid, started=lease._start_of(child.pid))
-    while lease._start_of(child.pid):
+    owner = replace(Owner.me(), pid=child.pid, started=process.start_of(child.pid) or "")
+    while process.start_of(child.pid):
         time.sleep(0.01)
     put(tmp_path, owner)
     assert waits(tmp_path) == []

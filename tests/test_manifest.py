@@ -11,6 +11,7 @@ import pytest
 from dist_sft import checkpoint, lease, manifest
 from dist_sft.cli import main
 from dist_sft.errors import UserError
+from dist_sft.rollback import Rollback, record_rollback
 from dist_sft.runs import Launch
 from dist_sft.status import status
 
@@ -20,7 +21,7 @@ def make(run_dir: Path, losses: dict[int, float | None]) -> None:
         folder = manifest.folder_of(run_dir, step)
         folder.mkdir(parents=True)
         evaluated = None if loss is None else {"held_out": loss, "other": -loss}
-        content = {"format": manifest.FORMAT, "files": {}, "eval_loss": evaluated}
+        content = {"format": manifest.FORMAT, "step": step, "files": {}, "eval_loss": evaluated}
         manifest.write(folder, content)
 
 
@@ -53,7 +54,9 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     folder = manifest.folder_of(tmp_path, 3)
     folder.mkdir()
     unknown = {"held_out": None, "other": 1.0}
-    manifest.write(folder, {"format": manifest.FORMAT, "files": {}, "eval_loss": unknown})
+    manifest.write(
+        folder, {"format": manifest.FORMAT, "step": 3, "files": {}, "eval_loss": unknown}
+    )
     assert manifest.best(tmp_path) == 2
 
 
@@ -65,9 +68,49 @@ def test_damaged_checkpoints_do_not_count_when_old_ones_go(tmp_path: Path) -> No
     assert kept(tmp_path) == [3, 4, 5], "two good ones stay, and what lies between them"
 
 
+def go_back(run_dir: Path, *rollbacks: Rollback) -> None:
+    for rollback in rollbacks:
+        record_rollback(run_dir, rollback, 0, "the loss is nan")
+
+
+def test_checkpoints_that_a_run_went_back_from_count_for_nothing(tmp_path: Path) -> None:
+    make(tmp_path, {2: 5.0, 4: 4.0, 6: 3.0, 8: 1.0})
+    go_back(tmp_path, Rollback(8, 9), Rollback(6, 10))
+    make(tmp_path, {10: 2.0})  # of a stop right after going back: the state is that of step 6
+    assert list(manifest.folders(tmp_path)) == [2, 4, 6, 10]
+    assert manifest.best(tmp_path) == 10
+    checkpoint.prune(tmp_path, 2)
+    assert list(manifest.every_folder(tmp_path)) == [6, 10], "and 8 would be a dead end"
+
+
+def test_nothing_goes_while_something_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {1: 0.5, 2: 1.0, 3: 1.0, 4: 1.0})
+    with monkeypatch.context() as patch:
+        Flaky(patch, manifest.NAME, 3, within="step-00000001")
+        checkpoint.prune(tmp_path, 2)
+    assert kept(tmp_path) == [1, 2, 3, 4], "the first one may be the best, and it is"
+    checkpoint.prune(tmp_path, 2)
+    assert kept(tmp_path) == [1, 3, 4]
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_believed(tmp_path: Path) -> None:
+    make(tmp_path, {10: None})
+    manifest.folder_of(tmp_path, 10).rename(manifest.folder_of(tmp_path, 77))
+    (problem,) = manifest.check(manifest.folder_of(tmp_path, 77))[1]
+    assert str(problem).endswith("step-00000077 is the checkpoint of step 10")
+
+
+def test_a_checkpoint_of_another_format_is_not_called_damaged(tmp_path: Path) -> None:
+    manifest.write(tmp_path, {"format": manifest.FORMAT + 1})
+    with pytest.raises(UserError, match="install the version that wrote it"):
+        manifest.check(tmp_path)
+
+
 def test_names_that_lead_out_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
     for name in ("../../elsewhere", "/elsewhere", "model/../../elsewhere"):
-        manifest.write(tmp_path, {"format": manifest.FORMAT, "files": {name: {}}})
+        manifest.write(tmp_path, {"format": manifest.FORMAT, "step": 1, "files": {name: {}}})
         with pytest.raises(manifest.DamagedCheckpoint, match="is not within the folder"):
             manifest.read(tmp_path)
 
@@ -149,17 +192,25 @@ def test_files_that_nobody_reads_are_named(
 class Flaky:
     """A file system that fails some of the times at which a file of that name is read."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        name: str,
+        times: int,
+        *,
+        error: int = errno.ESTALE,
+        within: str = "",
+    ) -> None:
         self.left, read = times, Path.read_bytes
 
         def read_bytes(path: Path) -> bytes:
-            if path.name == name and self.left:
+            if path.name == name and within in str(path) and self.left:
                 self.left -= 1
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+                raise OSError(error, os.strerror(error), str(path))
             return read(path)
 
-        monkeypatch.setattr(Path, "read_bytes", read_bytes)
-        monkeypatch.setattr(manifest, "PAUSES", (0.01, 0.01))
+        patch.setattr(Path, "read_bytes", read_bytes)
+        patch.setattr(manifest, "PAUSES", (0.01, 0.01))
 
 
 def test_a_passing_error_of_the_file_system_is_waited_for(
@@ -171,18 +222,19 @@ def test_a_passing_error_of_the_file_system_is_waited_for(
     assert flaky.left == 0
 
 
+@pytest.mark.parametrize(("error", "kind"), [("ESTALE", "out of reach"), ("EIO", "lost")])
 def test_what_cannot_be_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, kind: str
 ) -> None:
     make(tmp_path, {1: None})
-    folder = manifest.folder_of(tmp_path, 1)
-    Flaky(monkeypatch, manifest.NAME, 3)
+    folder, number = manifest.folder_of(tmp_path, 1), getattr(errno, error)
+    Flaky(monkeypatch, manifest.NAME, 3, error=number)
     (problem,) = manifest.check(folder)[1]
-    assert problem.unreadable
-    assert str(problem) == f"{folder / manifest.NAME}: {os.strerror(errno.ESTALE)}"
+    assert problem.kind == kind
+    assert str(problem) == f"{folder / manifest.NAME}: {os.strerror(number)}"
     (folder / manifest.NAME).unlink()
     (problem,) = manifest.check(folder)[1]
-    assert not problem.unreadable
+    assert problem.kind == "damaged"
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +263,7 @@ def test_what_belongs_to_others_is_not_trusted(
     folder = manifest.folder_of(tmp_path, 1)
     owner = folder.stat().st_uid
     monkeypatch.setattr("os.getuid", lambda: owner + 1)
-    assert manifest.untrusted(folder) == f"{folder} belongs to another user ({owner})"
+    assert manifest.untrusted(folder) == (f"{folder.parent} belongs to another user ({owner})")
 
 
 def test_status_and_stop_are_about_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

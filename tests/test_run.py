@@ -193,7 +193,9 @@ def test_fewer_steps_than_were_taken_are_refused(
     assert list(manifest.folders(run_dir)) == [6, 7]
 
 
-@pytest.mark.parametrize("how", ["USR1", "STOP file", "USR1 to every process, twice"])
+@pytest.mark.parametrize(
+    "how", ["USR1", "STOP file", "USR1 to every process, twice", "TERM under nohup"]
+)
 def test_stopped_and_continued_is_bit_identical(
     how: str,
     recipe: dict[str, Any],
@@ -202,7 +204,10 @@ def test_stopped_and_continued_is_bit_identical(
 ) -> None:
     run_dir = tmp_path / "run"
     path = write(recipe, run_dir)
+    under_nohup = how == "TERM under nohup"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
     process = start(path)
+    signal.signal(signal.SIGHUP, before)
     wait_for_step(run_dir, 1, process)
     everyone = psutil.Process(process.pid).children(recursive=True)
     assert len(everyone) == 3, "torchrun and its ranks"
@@ -210,6 +215,8 @@ def test_stopped_and_continued_is_bit_identical(
         (run_dir / "STOP").touch()
     elif how == "USR1":
         process.send_signal(signal.SIGUSR1)
+    elif under_nohup:
+        process.send_signal(signal.SIGTERM)
     else:  # as SLURM does to all that belongs to a job step
         for _ in range(2):
             for target in (process, *everyone):
@@ -218,7 +225,7 @@ def test_stopped_and_continued_is_bit_identical(
     assert process.returncode == 75, out + err
     outcome = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())
     stopped = outcome["step"]
-    by = "STOP file" if how == "STOP file" else "signal SIGUSR1"
+    by = "STOP file" if how == "STOP file" else f"signal SIG{how.split()[0]}"
     assert outcome["reason"] == f"stopped by {by} after step {stopped}, which is saved"
     assert 1 <= stopped < 7, "the stop came too late to prove anything"
     assert list(manifest.folders(run_dir))[-1] == stopped
@@ -448,6 +455,26 @@ def test_a_stopped_rank_is_found_and_the_run_started_again(
     assert "most recent call first" in read(run_dir / "logs/attempt-0/rank-0.log")
     assert runs.attempts(run_dir) == [0, 1]
     assert [x["step"] for x in report.read_steps(run_dir / "metrics.jsonl")] == list(range(1, 61))
+
+
+@pytest.mark.parametrize("killed", ["torchrun", "launcher"])
+def test_nobody_is_left_behind(killed: str, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Workers without a node would hold their GPUs, and be watched by nobody."""
+    run_dir = tmp_path / "run"
+    process = start(write({**recipe, "train": {"batch_size": 8, "steps": 5000}}, run_dir))
+    wait_for_step(run_dir, 5, process)
+    launcher = psutil.Process(process.pid)
+    (torchrun,), everyone = launcher.children(), launcher.children(recursive=True)
+    (torchrun if killed == "torchrun" else launcher).kill()
+    out, err = process.communicate(timeout=30)
+    _, alive = psutil.wait_procs(everyone, timeout=15)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    if killed == "torchrun":
+        assert process.returncode == 1, out + err
+        outcome = runs.read_outcome(run_dir, 0)
+        assert outcome is not None
+        assert outcome.code == runs.FAILED
+        assert not (run_dir / "lease.json").exists()
 
 
 def test_a_second_signal_leaves_at_once_and_nothing_is_torn(

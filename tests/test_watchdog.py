@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_sft import node, runs
+from dist_sft import node, process, runs
 from dist_sft.stopping import Relay
 from dist_sft.watchdog import DUMP_SIGNAL, FOLDER, Heart, Watchdog
 
@@ -46,9 +46,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield rank
-    for process in started:
-        process.kill()
-        process.communicate()
+    for child in started:
+        child.kill()
+        child.communicate()
 
 
 def beat(process: subprocess.Popen[str], phase: str, step: int = 0) -> None:
@@ -135,7 +135,8 @@ def test_the_one_that_others_wait_for_is_blamed_and_all_are_ended(
     assert found is not None
     assert (found.rank, found.phase, found.step) == (1, "forward", 4)
     assert str(found).endswith("its process is stopped")
-    watchdog.end()
+    watchdog.dump()
+    process.kill(watchdog.living())
     assert "most recent call first" in waiting.communicate()[1]
     assert [p.wait(timeout=10) for p in (waiting, stopped)] == [-signal.SIGKILL] * 2
 
@@ -150,7 +151,7 @@ def test_a_node_writes_down_who_hung(tmp_path: Path) -> None:
         [sys.executable, "-c", program + "\nimport time; time.sleep(60)"],
         env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    node.watch(torchrun, Watchdog(hearts, 0.5, None), Relay(), tmp_path, 0)
+    node.watch(torchrun, Watchdog(hearts, 0.5, None), Relay(), tmp_path, 0, ranks=1)
     assert torchrun.returncode == -signal.SIGKILL
     failure = runs.first_failure(tmp_path, 0)
     assert failure is not None

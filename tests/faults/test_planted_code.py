@@ -25,6 +25,7 @@ IN_A_CHECKPOINT = (
     ".metadata", "data.pt", "latest", "mp_rank_00_model_states.pt", "optimizer.pt",
     "random_states_0.pkl", "scheduler.bin", "rank-00002.safetensors", "rank-00000.pt",
     "model/pytorch_model.bin", "model/training_args.bin", "model/model.safetensors.bin",
+    f"model/{BUFFERS}",
 )  # fmt: skip
 IN_A_MODEL = (
     "pytorch_model.bin", "training_args.bin", "optimizer.pt", "vocab.pkl", "tokenizer.pkl",
@@ -100,7 +101,7 @@ def test_beside_a_checkpoints_files(
     newest = manifest.folder_of(run_dir, 10)
     for name in IN_A_CHECKPOINT:
         plant(newest / name)
-    main(["verify", str(run_dir)])
+    assert main(["verify", str(run_dir)]) == 0
     main(["inspect", str(run_dir.with_suffix(".yaml"))])
     assert main(["export", str(run_dir), str(tmp_path / "out")]) == 0
     assert not [path for path in (tmp_path / "out").rglob("*") if is_pickle(path)], "none go along"
