@@ -1,6 +1,5 @@
 """The real launcher, real ranks, a tiny model: from a recipe to a model, and on after a stop."""
 
-import contextlib
 import json
 import math
 import re
@@ -14,7 +13,17 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import ROOT, SECONDS, read, run, start, wait_for_step, wait_until, write
+from launching import (
+    ROOT,
+    SECONDS,
+    ranks_of,
+    read,
+    run,
+    start,
+    wait_for_step,
+    wait_until,
+    write,
+)
 from safetensors.torch import load_file
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -337,17 +346,6 @@ def test_frozen_parameters_stay_as_they_are(recipe: dict[str, Any], tmp_path: Pa
     code, out, err = run(write({**recipe, "deepspeed": "zero3"}, run_dir))
     assert code == 2
     assert "model.freeze.0" in err
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the processes of the ranks, as soon as torchrun has started them."""
-    found = []
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            command = process.cmdline()
-            if "dist_sft.train" in command and "torch.distributed.run" not in command:
-                found.append(process)
-    return found
 
 
 def flip(file: Path) -> None:
