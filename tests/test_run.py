@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -190,6 +189,96 @@ def test_the_folder_of_another_recipe_is_refused(finished: tuple[Path, Path, str
     assert (run_dir / "config.json").read_text() == before
 
 
+def unfinished(finished: tuple[Path, Path, str], run_dir: Path) -> None:
+    """Copy the run as a kill after step 6 of 7 leaves it."""
+    shutil.copytree(finished[1], run_dir)
+    shutil.rmtree(manifest.folder_of(run_dir, 7))
+    (run_dir / "logs/attempt-0/outcome.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "optimizer.lr",
+        "data",
+        "model",
+        pytest.param(
+            "model.config",
+            marks=pytest.mark.xfail(
+                reason="BUG: recorded, but not done: weights and config come from initial/",
+                strict=True,
+            ),
+        ),
+    ],
+)
+def test_other_mathematics_is_refused_and_let_through_by_name(
+    changed: str, recipe: dict[str, Any], finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    unfinished(finished, run_dir)
+    rows, model = tmp_path / "rows.json", tmp_path / "model"
+    rows.write_text(Path(recipe["data"]["train"][0]["path"]).read_text().replace("Add", "Sum"))
+    shutil.copytree(finished[1] / "model", model)
+    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (model / "config.json").write_text(json.dumps(config))
+    overrides, difference = {
+        "optimizer.lr": (["optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
+        "data": ([f"data.train.0.path={rows}"], f'-> "{rows}"'),
+        "model": ([f"model.path={model}", "model.config=null"], f'model.path: null -> "{model}"'),
+        "model.config": (
+            ["model.config.attention_dropout=0.5"],
+            "model.config.attention_dropout: 0.1 -> 0.5",
+        ),
+    }[changed]
+    path, config_json = write(recipe, run_dir), (run_dir / "config.json").read_text()
+    for allowed in ([], ["--allow-change=seed"]):
+        code, _, err = run(path, *overrides, *allowed)
+        assert code == 2, err
+        assert difference in err
+        assert "launch with --allow-change KEY" in err
+    assert (run_dir / "config.json").read_text() == config_json
+    assert not (run_dir / "changes.jsonl").exists()
+
+    code, out, err = run(path, *overrides, f"--allow-change={changed}")
+    assert code == 0, out + err
+    assert difference in out
+    assert "continuing after step 6" in out
+    (record,) = map(json.loads, read(run_dir / "changes.jsonl").splitlines())
+    assert record["before_attempt"] == 1
+    assert difference in "; ".join(f"{key}: {record[key]}" for key in record)
+    before, after = (manifest.read(manifest.folder_of(run_dir, step)) for step in (6, 7))
+    assert {key for key in ("data", "model") if before[key] != after[key]} == (
+        {changed} & {"data", "model"}
+    )
+    dropout = json.loads(read(run_dir / "model" / "config.json"))["attention_dropout"]
+    assert dropout == (0.5 if changed.startswith("model") else 0.1)
+    last, undisturbed = (report.read_steps(d / "metrics.jsonl")[-1] for d in (run_dir, finished[1]))
+    assert (last["lr"] == undisturbed["lr"]) == (changed != "optimizer.lr")
+    assert (last["loss"] == undisturbed["loss"]) == (changed == "optimizer.lr")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_others_may_write_needs_a_word(
+    recipe: dict[str, Any], finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    unfinished(finished, run_dir)
+    path, folder = write(recipe, run_dir), manifest.folder_of(run_dir, 6)
+    folder.chmod(0o777)
+    code, out, err = run(path)
+    assert code == 2, out + err
+    assert f"{folder} may be written by others (drwxrwxrwx)" in err
+    assert "launch with --trust-checkpoint" in err
+    assert list(manifest.folders(run_dir)) == [6]
+    assert "Traceback" not in err
+
+    code, out, err = run(path, "--trust-checkpoint")
+    assert code == 0, out + err
+    assert "continuing after step 6 (checked by sha256)" in out
+    assert verify_resume.compare(finished[1], run_dir, 7).equal
+
+
 def test_fewer_steps_than_were_taken_are_refused(
     finished: tuple[Path, Path, str], recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -202,9 +291,20 @@ def test_fewer_steps_than_were_taken_are_refused(
     assert list(manifest.folders(run_dir)) == [6, 7]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, None], ids=["USR1", "STOP file"])
+@pytest.mark.parametrize(
+    ("number", "to_rank", "told"),
+    [
+        (signal.SIGUSR1, None, "signal SIGUSR1"),
+        (None, None, "STOP file"),
+        pytest.param(signal.SIGUSR1, "1", "another rank", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "1", "another rank", marks=pytest.mark.slow),
+    ],
+    ids=["USR1", "STOP file", "USR1 to rank 1", "TERM to rank 1"],
+)
 def test_stopped_and_continued_is_bit_identical(
     number: signal.Signals | None,
+    to_rank: str | None,
+    told: str,
     recipe: dict[str, Any],
     finished: tuple[Path, Path, str],
     tmp_path: Path,
@@ -215,11 +315,16 @@ def test_stopped_and_continued_is_bit_identical(
     wait_for_step(run_dir, 1, process)
     if number is None:
         (run_dir / "STOP").touch()
-    else:
+    elif to_rank is None:
         process.send_signal(number)
+    else:
+        (rank,) = (p for p in ranks_of(process) if p.environ()["RANK"] == to_rank)
+        rank.send_signal(number)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, out + err
-    stopped = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())["step"]
+    outcome = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())
+    stopped = outcome["step"]
+    assert outcome["reason"].startswith(f"stopped by {told} after step {stopped}")
     assert 1 <= stopped < 7, "the stop came too late to prove anything"
     assert list(manifest.folders(run_dir))[-1] == stopped
 
