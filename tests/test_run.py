@@ -1,7 +1,6 @@
 """The real launcher, real ranks, a tiny model: from a recipe to a model, and on after a stop."""
 
 import json
-import math
 import re
 import shutil
 import signal
@@ -24,8 +23,9 @@ from launching import (
     write,
 )
 from safetensors.torch import load_file
+from tiny_models import POISON, write_poisoned_model
 from tiny_tokenizers import pad_is_eos
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_sft import manifest, report, runs, verify_resume
 from dist_sft.cli import main
@@ -640,19 +640,11 @@ def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) 
 def poisoned(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return a recipe of which one row has a token whose embedding is infinite."""
     folder = tmp_path_factory.mktemp("poisoned")
-    tokenizer = pad_is_eos()
-    config = LlamaConfig(**recipe["model"]["config"] | {"tie_word_embeddings": False})
-    config.vocab_size = len(tokenizer)
-    (poison,) = tokenizer("毒", add_special_tokens=False).input_ids[-1:]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.model.embed_tokens.weight.data[poison] = math.inf
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_poisoned_model(folder, recipe["model"]["config"])
     rows = [
         {"instruction": f"Count to {n}.", "output": "one, two" * (n % 3 + 1)} for n in range(40)
     ]
-    rows[17]["instruction"] = "毒"
+    rows[17]["instruction"] = POISON
     (folder / "rows.json").write_text(json.dumps(rows))
     return {
         **recipe,
