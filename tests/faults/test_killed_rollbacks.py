@@ -63,7 +63,7 @@ def test_killed_while_it_goes_back(
     path = tiny_recipe.write(recipe, tmp_path / "run")
     group = warm.start(path, 2, way)
     group.wait_until(lambda: group.is_held(held))
-    assert read_rollbacks(group.run_dir) == [] if place == "not written down" else [first]
+    assert read_rollbacks(group.run_dir) == ([] if place == "not written down" else [first])
     assert max(manifest.folders(group.run_dir)) == first.checkpoint
     assert group.kill()
 
