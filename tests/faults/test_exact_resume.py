@@ -17,7 +17,12 @@ STEPS = 14
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 # Ranks that are held within a step do not meet in another one, where they would commit.
 SAVED_AT_ONCE = {"asynchronous": False}
-SHARDINGS = pytest.mark.parametrize("sharding", ["zero2", None], ids=["zero2", "data-parallel"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3")]
+SHARDINGS = pytest.mark.parametrize(
+    "sharding",
+    ["zero2", None, *OTHERS],
+    ids=["zero2", "data-parallel", "zero1", "zero3"],
+)
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -35,6 +40,8 @@ class Bench:
             return tiny_recipe.write(recipe, folder / name, **sized)
 
         self.warm, self.path = warm, write("killed")
+        sharding = sections.get("deepspeed", "zero2")
+        self.stage = sharding and int(sharding.removeprefix("zero"))
         self.undisturbed = warm.run(write("undisturbed"), 2)
 
     def kill_before(self, step: int, *, newest: int) -> Group:
@@ -52,6 +59,7 @@ class Bench:
         assert losses(run_dir) == losses(self.undisturbed)
         ours, theirs = (Reader(manifest.folder_of(d, STEPS)) for d in (run_dir, self.undisturbed))
         assert ours.manifest["shapes"] == theirs.manifest["shapes"]
+        assert ours.manifest["zero_stage"] == theirs.manifest["zero_stage"] == self.stage
         assert ours.manifest["optimizer_steps"] == theirs.manifest["optimizer_steps"] == STEPS
         for name in ours.manifest["shapes"]:
             for key in KEYS:
