@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny_recipe
-from launching import SECONDS, run, start
+from launching import SECONDS, ranks_of, run, start, wait_for_step
 
 from dist_sft import manifest, runs
 
@@ -23,7 +23,7 @@ NAMES = (
     "AWS_SESSION_TOKEN", "GITHUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KEY", "CLEARML_API_SECRET",
     "MLFLOW_TRACKING_PASSWORD", "SLURM_JWT", "DIST_SFT_CANARY", "PGPASSWORD", "SSH_AUTH_SOCK",
 )  # fmt: skip
-IMPATIENT = ("watchdog.seconds=0.01", "watchdog.slow_seconds=0.01")
+IMPATIENT = ("watchdog.seconds=2", "train.steps=400")
 DIVERGING = ("optimizer.lr=1e38", "optimizer.clip=null", "optimizer.warmup_ratio=0.0")
 
 
@@ -58,6 +58,9 @@ def test_secrets_of_the_environment_are_nowhere(
         data={**recipe["data"], "cache_dir": str(tmp_path / "cache")},
     )  # fmt: skip
     process = start(path, *overrides, f"--restarts={restarts}")
+    if overrides == IMPATIENT:
+        wait_for_step(tmp_path / "run", 2, process)
+        next(p for p in ranks_of(process) if p.environ()["RANK"] == "1").suspend()
     told = watch_ranks(process)
     out, err = process.communicate()
     assert process.returncode == code, out + err
