@@ -11,7 +11,7 @@ from forked_runs import Warm, Way
 from tiny_models import POISON, write_poisoned_model
 
 from dist_sft import manifest, runs, verify_resume
-from dist_sft.rollback import FILE, read_rollbacks
+from dist_sft.rollback import FILE, Rollback, read_rollbacks
 
 STEPS = 14
 pytestmark = pytest.mark.timeout(300)
@@ -31,8 +31,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "train": recipe["train"] | {
             "steps": STEPS, "packing": "off", "on_divergence": "rollback", "max_skipped_steps": 0,
         },
-        "checkpoint": {"every": 1, "keep": 9},
-        "seed": 4,
+        "checkpoint": {"every": 3, "keep": 9},
+        "seed": 5,
     }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def test_killed_while_it_goes_back(
     place: str, recipe: dict[str, Any], undisturbed: Path, warm: Warm, tmp_path: Path
 ) -> None:
     first, *others = read_rollbacks(undisturbed)
+    assert first == Rollback(3, 5), "a good step is lost, too"
     assert others, "one more comes after it"
     after = first.step + 1
     held = {"not written down": "write", "not restored": "call", "restored": after}[place]
