@@ -49,7 +49,7 @@ class Way:
     hold_at_write: str = ""
     """Whoever opens a file for writing whose path has this in it waits there for ever."""
     hold_at: tuple[str, str] = ("", "")
-    """The same for an audit event and the end of its path: before the call that it tells of."""
+    """Whoever comes to a call with this audit event, and this end of its path, waits before it."""
     hold_once_there: str = ""
     """Nobody is held at `hold_at` before the run folder has this file."""
 
@@ -111,9 +111,9 @@ class Group:
         held = len(list(self.notes.glob(f"held-{where}-*")))
         return held == self.world if isinstance(where, int) else held > 0
 
-    def let_go(self, step: int) -> None:
-        """Let the ranks that wait before a step go on."""
-        (self.notes / f"go-{step}").touch()
+    def let_go(self, where: int | str) -> None:
+        """Let the ranks that wait before a step, or at a "call", go on."""
+        (self.notes / f"go-{where}").touch()
 
     def limit_files(self, ranks: tuple[int, ...], size: int | None) -> None:
         """Let no file of these ranks, and of what they start, become larger; None: any size."""
@@ -246,7 +246,8 @@ def instrument(train: Any, order: dict[str, Any], rank: int) -> None:
         def hold(event: str, arguments: tuple[Any, ...]) -> None:
             if event == called and str(arguments[0]).endswith(ending) and needed.exists():
                 os.mkdir(notes / f"held-call-{rank}")
-                time.sleep(SECONDS)
+                while not (notes / "go-call").exists():
+                    time.sleep(PAUSE)
 
         sys.addaudithook(hold)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny_recipe
-from forked_runs import Warm
+from forked_runs import Warm, Way
 from launching import SECONDS, run, start, wait_for_step
 
 from dist_sft import lease, manifest, runs, verify_resume
@@ -68,3 +68,20 @@ def test_a_frozen_owner_is_succeeded_and_does_no_harm_when_it_thaws(
     assert not (run_dir / lease.NAME).exists()
     assert verify_resume.compare(tmp_path / "whole", run_dir, STEPS).equal
     assert main(["verify", str(run_dir)]) == 0
+
+
+def test_an_orphan_in_the_middle_of_its_commit_leaves_it(warm: Warm, tmp_path: Path) -> None:
+    """It has looked once already whether it is the newest attempt, and was."""
+    path = tiny_recipe.write(tiny_recipe.make_recipe(tmp_path), tmp_path / "run")
+    group = warm.start(path, 2, Way(hold_at=("os.chmod", f"/{manifest.NAME}")))
+    group.wait_until(lambda: group.is_held("call"))
+    (half_written,) = (group.run_dir / "checkpoints").iterdir()
+    assert (half_written / manifest.CHECKSUM).exists(), "all but its name is there"
+    assert half_written.name.startswith(".step-00000004")
+    assert runs.start_attempt(group.run_dir) == 1
+    group.let_go("call")
+    assert group.end() == [runs.FAILED] * 2
+    failed = runs.first_failure(group.run_dir, 0)
+    assert failed
+    assert "a newer attempt works on" in failed[1].reason
+    assert not os.listdir(group.run_dir / "checkpoints")
