@@ -103,8 +103,12 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
     in_vain = 0
     while True:
         before = max(manifest.folders(run_dir), default=0)
-        code = node.run(run_dir, lease.claim(run_dir, seen))
+        attempt = lease.claim(run_dir, seen)
+        code = node.run(run_dir, attempt)
         if code != runs.FAILED:
+            return code
+        if max(runs.attempts(run_dir)) > attempt:
+            print("another launcher has taken over: not starting again", file=sys.stderr)
             return code
         in_vain = 1 if max(manifest.folders(run_dir), default=0) > before else in_vain + 1
         if in_vain > restarts:
@@ -113,7 +117,7 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
                     f"gave up after {restarts} restarts without a new checkpoint", file=sys.stderr
                 )
             return code
-        seen = lease.wait_until_free(run_dir)  # another launcher may have taken over meanwhile
+        seen = lease.wait_until_free(run_dir)
         print(f"starting again ({in_vain} of {restarts} without a new checkpoint)", file=sys.stderr)
 
 

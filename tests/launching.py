@@ -1,5 +1,6 @@
 """Run the real launcher from tests, and watch it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def run(recipe: Path, *overrides: str, workers: int = 2) -> tuple[int, str, str]
     process = start(recipe, *overrides, workers=workers)
     out, err = process.communicate(timeout=SECONDS)
     return process.returncode, out, err
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the processes of the ranks, as soon as torchrun has started them."""
+    found = []
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if "dist_sft.train" in command and "dist_sft.deaf_torchrun" not in command:
+                found.append(process)
+    return found
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:

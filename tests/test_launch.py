@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from dist_sft import local, node, runs, stopping
+from dist_sft import lease, local, node, runs, stopping
 from dist_sft.config import read_config_json
 from dist_sft.console import Console
 from dist_sft.errors import UserError
@@ -754,6 +754,50 @@ def test_a_crash_is_followed_by_restarts_until_they_are_in_vain(
     assert setup.launch("--restarts=2") == runs.FAILED
     assert len(runs.attempts(setup.run_dir)) == attempts
     assert "gave up after 2 restarts without a new checkpoint" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("works_on", [True, False], ids=["it works", "it was stopped"])
+def test_what_another_launcher_took_over_is_not_started_again(
+    setup: Setup,
+    ranks: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    works_on: bool,
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 1.0)
+    ranks(
+        "first = attempt.name == 'attempt-0'\n"
+        "(attempt / 'listening').touch()\n"
+        "while first and not (attempt / 'taken').exists(): time.sleep(0.01)\n"
+        "sys.exit(1)"
+    )
+    over, attempt_0 = threading.Event(), setup.run_dir / "logs" / "attempt-0"
+
+    def take_over() -> None:
+        while not (attempt_0 / "listening").exists():
+            time.sleep(0.01)
+        with lease.hold(setup.run_dir, runs.start_attempt(setup.run_dir)):
+            if works_on:
+                (attempt_0 / "taken").touch()
+                over.wait(60)
+        runs.write_outcome(setup.run_dir, 1, Outcome(runs.STOPPED, "stopped", 3))
+        (attempt_0 / "taken").touch()
+
+    other = threading.Thread(target=take_over, daemon=True)
+    other.start()
+    code = setup.launch("--restarts=1")
+    held = lease.read(setup.run_dir)
+    over.set()
+    other.join()
+    err = capfd.readouterr().err
+    assert runs.read_outcome(setup.run_dir, 0), "the first one knows that it has failed"
+    assert "starting again" not in err
+    assert runs.attempts(setup.run_dir) == [0, 1]
+    assert code == runs.FAILED
+    assert "another launcher has taken over: not starting again" in err
+    if works_on:
+        assert held
+        assert held.attempt == 1, "its lease is left alone"
 
 
 def test_ranks_get_their_threads(

@@ -1,12 +1,9 @@
 """The real launcher, real ranks, a tiny model: from a recipe to a model, and on after a stop."""
 
-import contextlib
 import json
-import math
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import ROOT, SECONDS, read, run, start, wait_for_step, wait_until, write
+from launching import (
+    ROOT,
+    SECONDS,
+    ranks_of,
+    read,
+    run,
+    start,
+    wait_for_step,
+    wait_until,
+    write,
+)
 from safetensors.torch import load_file
+from tiny_models import POISON, write_poisoned_model
 from tiny_tokenizers import pad_is_eos
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_sft import manifest, report, runs, verify_resume
 from dist_sft.cli import main
@@ -181,6 +189,96 @@ def test_the_folder_of_another_recipe_is_refused(finished: tuple[Path, Path, str
     assert (run_dir / "config.json").read_text() == before
 
 
+def unfinished(finished: tuple[Path, Path, str], run_dir: Path) -> None:
+    """Copy the run as a kill after step 6 of 7 leaves it."""
+    shutil.copytree(finished[1], run_dir)
+    shutil.rmtree(manifest.folder_of(run_dir, 7))
+    (run_dir / "logs/attempt-0/outcome.json").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "optimizer.lr",
+        "data",
+        "model",
+        pytest.param(
+            "model.config",
+            marks=pytest.mark.xfail(
+                reason="BUG: recorded, but not done: weights and config come from initial/",
+                strict=True,
+            ),
+        ),
+    ],
+)
+def test_other_mathematics_is_refused_and_let_through_by_name(
+    changed: str, recipe: dict[str, Any], finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    unfinished(finished, run_dir)
+    rows, model = tmp_path / "rows.json", tmp_path / "model"
+    rows.write_text(Path(recipe["data"]["train"][0]["path"]).read_text().replace("Add", "Sum"))
+    shutil.copytree(finished[1] / "model", model)
+    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (model / "config.json").write_text(json.dumps(config))
+    overrides, difference = {
+        "optimizer.lr": (["optimizer.lr=0.5"], "optimizer.lr: 0.01 -> 0.5"),
+        "data": ([f"data.train.0.path={rows}"], f'-> "{rows}"'),
+        "model": ([f"model.path={model}", "model.config=null"], f'model.path: null -> "{model}"'),
+        "model.config": (
+            ["model.config.attention_dropout=0.5"],
+            "model.config.attention_dropout: 0.1 -> 0.5",
+        ),
+    }[changed]
+    path, config_json = write(recipe, run_dir), (run_dir / "config.json").read_text()
+    for allowed in ([], ["--allow-change=seed"]):
+        code, _, err = run(path, *overrides, *allowed)
+        assert code == 2, err
+        assert difference in err
+        assert "launch with --allow-change KEY" in err
+    assert (run_dir / "config.json").read_text() == config_json
+    assert not (run_dir / "changes.jsonl").exists()
+
+    code, out, err = run(path, *overrides, f"--allow-change={changed}")
+    assert code == 0, out + err
+    assert difference in out
+    assert "continuing after step 6" in out
+    (record,) = map(json.loads, read(run_dir / "changes.jsonl").splitlines())
+    assert record["before_attempt"] == 1
+    assert difference in "; ".join(f"{key}: {record[key]}" for key in record)
+    before, after = (manifest.read(manifest.folder_of(run_dir, step)) for step in (6, 7))
+    assert {key for key in ("data", "model") if before[key] != after[key]} == (
+        {changed} & {"data", "model"}
+    )
+    dropout = json.loads(read(run_dir / "model" / "config.json"))["attention_dropout"]
+    assert dropout == (0.5 if changed.startswith("model") else 0.1)
+    last, undisturbed = (report.read_steps(d / "metrics.jsonl")[-1] for d in (run_dir, finished[1]))
+    assert (last["lr"] == undisturbed["lr"]) == (changed != "optimizer.lr")
+    assert (last["loss"] == undisturbed["loss"]) == (changed == "optimizer.lr")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_others_may_write_needs_a_word(
+    recipe: dict[str, Any], finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    unfinished(finished, run_dir)
+    path, folder = write(recipe, run_dir), manifest.folder_of(run_dir, 6)
+    folder.chmod(0o777)
+    code, out, err = run(path)
+    assert code == 2, out + err
+    assert f"{folder} may be written by others (drwxrwxrwx)" in err
+    assert "launch with --trust-checkpoint" in err
+    assert list(manifest.folders(run_dir)) == [6]
+    assert "Traceback" not in err
+
+    code, out, err = run(path, "--trust-checkpoint")
+    assert code == 0, out + err
+    assert "continuing after step 6 (checked by sha256)" in out
+    assert verify_resume.compare(finished[1], run_dir, 7).equal
+
+
 def test_fewer_steps_than_were_taken_are_refused(
     finished: tuple[Path, Path, str], recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -194,10 +292,19 @@ def test_fewer_steps_than_were_taken_are_refused(
 
 
 @pytest.mark.parametrize(
-    "how", ["USR1", "STOP file", "USR1 to every process, twice", "TERM under nohup"]
+    ("how", "told"),
+    [
+        ("USR1", "signal SIGUSR1"),
+        ("STOP file", "STOP file"),
+        ("USR1 to every process, twice", "signal SIGUSR1"),  # as SLURM does in a job step
+        ("TERM under nohup", "signal SIGTERM"),
+        pytest.param("USR1 to rank 1", "another rank", marks=pytest.mark.slow),
+        pytest.param("TERM to rank 1", "another rank", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_and_continued_is_bit_identical(
     how: str,
+    told: str,
     recipe: dict[str, Any],
     finished: tuple[Path, Path, str],
     tmp_path: Path,
@@ -211,22 +318,21 @@ def test_stopped_and_continued_is_bit_identical(
     wait_for_step(run_dir, 1, process)
     everyone = psutil.Process(process.pid).children(recursive=True)
     assert len(everyone) == 3, "torchrun and its ranks"
+    targets: list[Any] = [process]
     if how == "STOP file":
+        targets = []
         (run_dir / "STOP").touch()
-    elif how == "USR1":
-        process.send_signal(signal.SIGUSR1)
-    elif under_nohup:
-        process.send_signal(signal.SIGTERM)
-    else:  # as SLURM does to all that belongs to a job step
-        for _ in range(2):
-            for target in (process, *everyone):
-                target.send_signal(signal.SIGUSR1)
+    elif how.endswith("twice"):
+        targets = [process, *everyone] * 2
+    elif how.endswith("rank 1"):
+        targets = [p for p in ranks_of(process) if p.environ()["RANK"] == "1"]
+    for target in targets:
+        target.send_signal(signal.Signals[f"SIG{how.split()[0]}"])
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, out + err
     outcome = json.loads((run_dir / "logs/attempt-0/outcome.json").read_text())
     stopped = outcome["step"]
-    by = "STOP file" if how == "STOP file" else f"signal SIG{how.split()[0]}"
-    assert outcome["reason"] == f"stopped by {by} after step {stopped}, which is saved"
+    assert outcome["reason"] == f"stopped by {told} after step {stopped}, which is saved"
     assert 1 <= stopped < 7, "the stop came too late to prove anything"
     assert list(manifest.folders(run_dir))[-1] == stopped
 
@@ -353,17 +459,6 @@ def test_frozen_parameters_stay_as_they_are(recipe: dict[str, Any], tmp_path: Pa
     code, out, err = run(write({**recipe, "deepspeed": "zero3"}, run_dir))
     assert code == 2
     assert "model.freeze.0" in err
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the processes of the ranks, as soon as torchrun has started them."""
-    found = []
-    for process in psutil.Process(launcher.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            command = process.cmdline()
-            if "dist_sft.train" in command and "torch.distributed.run" not in command:
-                found.append(process)
-    return found
 
 
 def flip(file: Path) -> None:
@@ -573,19 +668,11 @@ def test_divergence_names_step_and_rows(recipe: dict[str, Any], tmp_path: Path) 
 def poisoned(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return a recipe of which one row has a token whose embedding is infinite."""
     folder = tmp_path_factory.mktemp("poisoned")
-    tokenizer = pad_is_eos()
-    config = LlamaConfig(**recipe["model"]["config"] | {"tie_word_embeddings": False})
-    config.vocab_size = len(tokenizer)
-    (poison,) = tokenizer("毒", add_special_tokens=False).input_ids[-1:]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.model.embed_tokens.weight.data[poison] = math.inf
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_poisoned_model(folder, recipe["model"]["config"])
     rows = [
         {"instruction": f"Count to {n}.", "output": "one, two" * (n % 3 + 1)} for n in range(40)
     ]
-    rows[17]["instruction"] = "毒"
+    rows[17]["instruction"] = POISON
     (folder / "rows.json").write_text(json.dumps(rows))
     return {
         **recipe,

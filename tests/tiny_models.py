@@ -1,9 +1,18 @@
 """Tiny random models by name, made from configs: nothing is downloaded."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny_tokenizers import pad_is_eos
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 VOCAB = 61
 WINDOW = 7  # shorter than the tests' rows
@@ -91,6 +100,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4},
 }
+
+POISON = "毒"
+
+
+def write_poisoned_model(folder: Path, config: dict[str, Any]) -> None:
+    """Write a Llama whose loss is not finite in rows with POISON: its embedding is infinite."""
+    tokenizer = pad_is_eos()
+    whole = LlamaConfig(**config | {"tie_word_embeddings": False, "vocab_size": len(tokenizer)})
+    (poison,) = tokenizer(POISON, add_special_tokens=False).input_ids[-1:]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(whole)
+    model.model.embed_tokens.weight.data[poison] = math.inf
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def tiny_model(name: str, **changes: Any) -> PreTrainedModel:

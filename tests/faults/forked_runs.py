@@ -48,6 +48,10 @@ class Way:
     """Steps: every rank waits there until the test lets it go on, see `Group.let_go`."""
     hold_at_write: str = ""
     """Whoever opens a file for writing whose path has this in it waits there for ever."""
+    hold_at: tuple[str, str] = ("", "")
+    """Whoever comes to a call with this audit event, and this end of its path, waits before it."""
+    hold_once_there: str = ""
+    """Nobody is held at `hold_at` before the run folder has this file."""
 
 
 class Group:
@@ -103,13 +107,13 @@ class Group:
         return codes
 
     def is_held(self, where: int | str) -> bool:
-        """Tell whether every rank waits before a step, or some rank at a write."""
+        """Tell whether every rank waits before a step, or some rank at a "write" or a "call"."""
         held = len(list(self.notes.glob(f"held-{where}-*")))
-        return held > 0 if where == "write" else held == self.world
+        return held == self.world if isinstance(where, int) else held > 0
 
-    def let_go(self, step: int) -> None:
-        """Let the ranks that wait before a step go on."""
-        (self.notes / f"go-{step}").touch()
+    def let_go(self, where: int | str) -> None:
+        """Let the ranks that wait before a step, or at a "call", go on."""
+        (self.notes / f"go-{where}").touch()
 
     def limit_files(self, ranks: tuple[int, ...], size: int | None) -> None:
         """Let no file of these ranks, and of what they start, become larger; None: any size."""
@@ -235,6 +239,17 @@ def instrument(train: Any, order: dict[str, Any], rank: int) -> None:
                     time.sleep(SECONDS)
 
         sys.addaudithook(hook)
+    if way.hold_at[0]:
+        called, ending = way.hold_at
+        needed = Path(order["run_dir"]) / way.hold_once_there
+
+        def hold(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == called and str(arguments[0]).endswith(ending) and needed.exists():
+                os.mkdir(notes / f"held-call-{rank}")
+                while not (notes / "go-call").exists():
+                    time.sleep(PAUSE)
+
+        sys.addaudithook(hold)
 
 
 def rows_in(batch: Any) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Kill a rank at every place in a save where something is written, and continue the run.
 
 python killed_saves.py JOB.json OUT.json: see `ranks/cells.py` for the job; `sharding` names its one
-cell, `every` tries only every so many places. A warm parent forks the ranks of every trial, so that
-a trial costs a second or two and not the ten that imports take.
+cell. A warm parent forks the ranks of every trial, so that a trial costs a second or two and not
+the ten that imports take.
 
 A trial: two ranks train a step, save while they train another one, and save again; there a rank
 ends by SIGKILL just before its Nth write. Then two new ranks continue from what is there, to step
@@ -166,7 +166,7 @@ def main() -> None:
     assert undisturbed is not None
     trials = []
     for rank in range(RANKS):
-        for number in range(1, len(undisturbed[rank]["places"]) + 1, job.every):
+        for number in range(1, len(undisturbed[rank]["places"]) + 1):
             run_dir = out.parent / f"killed-{rank}-{number}"
             survived = run(run_dir, **{f"rank_{rank}": number})
             fired = out.parent / "ranks" / f"{rank}.fired"

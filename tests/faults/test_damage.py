@@ -99,3 +99,29 @@ def test_sizes_alone_miss_a_flipped_bit_only(run_dir: Path) -> None:
     cut(newest / "rank-00001.safetensors")
     assert checkpoint.newest_good(run_dir, "size", said.append) == 8
     assert "rank-00001.safetensors" in said[0]
+
+
+@pytest.mark.usefixtures("alone")
+def test_only_what_would_be_loaded_must_be_trusted(run_dir: Path) -> None:
+    """Nobody minds an older one that others may write, until it is the one to go on from."""
+    newest, older = manifest.folder_of(run_dir, 10), manifest.folder_of(run_dir, 8)
+    (older / "rank-00000.safetensors").chmod(0o666)
+    said: list[str] = []
+    assert checkpoint.newest_good(run_dir, "sha256", said.append) == 10
+    assert not said
+    cut(newest / "rank-00001.safetensors")
+    with pytest.raises(UserError, match=r"/step-00000008/rank-00000.safetensors may be written by"):
+        checkpoint.newest_good(run_dir, "sha256", said.append)
+    assert list(manifest.folders(run_dir)) == [8, 10], "nothing was moved"
+    assert checkpoint.newest_good(run_dir, "sha256", said.append, trusting=True) == 8
+    assert list(manifest.folders(run_dir)) == [8]
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_not_trusted_is_not_passed_over(run_dir: Path) -> None:
+    """Who may write a folder could make any run go back, if that made it go on from before."""
+    newest = manifest.folder_of(run_dir, 10)
+    newest.chmod(0o770)
+    with pytest.raises(UserError, match=r"step-00000010 may be written by others \(drwxrwx---\)"):
+        checkpoint.newest_good(run_dir, "sha256", lambda _: None)
+    assert checkpoint.newest_good(run_dir, "sha256", lambda _: None, trusting=True) == 10

@@ -17,7 +17,12 @@ STEPS = 14
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 # Ranks that are held within a step do not meet in another one, where they would commit.
 SAVED_AT_ONCE = {"asynchronous": False}
-SHARDINGS = pytest.mark.parametrize("sharding", ["zero2", None], ids=["zero2", "data-parallel"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3")]
+SHARDINGS = pytest.mark.parametrize(
+    "sharding",
+    ["zero2", None, *OTHERS],
+    ids=["zero2", "data-parallel", "zero1", "zero3"],
+)
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -35,6 +40,8 @@ class Bench:
             return tiny_recipe.write(recipe, folder / name, **sized)
 
         self.warm, self.path = warm, write("killed")
+        sharding = sections.get("deepspeed", "zero2")
+        self.stage = sharding and int(sharding.removeprefix("zero"))
         self.undisturbed = warm.run(write("undisturbed"), 2)
 
     def kill_before(self, step: int, *, newest: int) -> Group:
@@ -52,6 +59,7 @@ class Bench:
         assert losses(run_dir) == losses(self.undisturbed)
         ours, theirs = (Reader(manifest.folder_of(d, STEPS)) for d in (run_dir, self.undisturbed))
         assert ours.manifest["shapes"] == theirs.manifest["shapes"]
+        assert ours.manifest["zero_stage"] == theirs.manifest["zero_stage"] == self.stage
         assert ours.manifest["optimizer_steps"] == theirs.manifest["optimizer_steps"] == STEPS
         for name in ours.manifest["shapes"]:
             for key in KEYS:
@@ -114,3 +122,32 @@ def test_killed_in_the_first_save(
         "anew: there was nothing to go on from"
     )
     assert not [name for name in os.listdir(run_dir / "checkpoints") if name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "path", "left"),
+    [
+        ("os.rename", "checkpoints/step-00000002", ["step-00000002"]),
+        ("shutil.rmtree", "/.step-00000002.old", [".step-00000002.old"]),
+        ("os.remove", "rank-00001.safetensors", [".step-00000002.old"]),
+    ],
+    ids=["before the rename", "after it", "while files go"],
+)
+def test_killed_while_old_checkpoints_go(
+    call: str, path: str, left: list[str], recipe: dict[str, Any], warm: Warm, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path, recipe, warm, checkpoint=SAVED_AT_ONCE | {"every": 2, "keep": 2})
+    group = warm.start(bench.path, 2, Way(hold_at=(call, path), hold_before=(8,)))
+    group.wait_until(lambda: group.is_held("call"))
+    group.wait_until(lambda: group.is_held(8))  # training goes on beside it
+    checkpoints = group.run_dir / "checkpoints"
+    assert [p.name for p in checkpoints.glob("*step-00000002*")] == left
+    assert list(manifest.folders(group.run_dir))[-2:] == [4, 6]
+    whole = len(list(manifest.folder_of(group.run_dir, 4).iterdir()))
+    assert (len(list((checkpoints / left[0]).iterdir())) < whole) == (call == "os.remove")
+    assert group.kill()
+    run_dir = bench.finish()
+    assert steps_of(run_dir, 1)[0] == 7
+    assert not [name for name in os.listdir(run_dir / "checkpoints") if name.startswith(".")]
+    assert min(manifest.folders(run_dir)) > 6

@@ -16,12 +16,10 @@ ROOT = PROGRAM.parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("sharding", "every"), [("zero2", 1), (None, 3), ("zero1", 3), ("zero3", 3)]
-)
-def test_a_save_that_is_killed_anywhere(sharding: str | None, every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", [None, "zero1", "zero2", "zero3"])
+def test_a_save_that_is_killed_anywhere(sharding: str | None, tmp_path: Path) -> None:
     models = {"tied": make_model(tmp_path / "model", tied=True)}
-    job = make_job(tmp_path, models, [Cell(sharding)], every=every, port=free_port())
+    job = make_job(tmp_path, models, [Cell(sharding)], port=free_port())
     (tmp_path / "job.json").write_text(json.dumps(job))
     out = tmp_path / "trials" / "out.json"
     out.parent.mkdir()
@@ -42,6 +40,5 @@ def test_a_save_that_is_killed_anywhere(sharding: str | None, every: int, tmp_pa
         assert trial["state"] == undisturbed["state"], trial
         assert trial["begun"] in (1, 2)
         assert trial["left"] == ["step-00000001", "step-00000002"]
-    if every == 1:
-        assert {trial["begun"] for trial in trials} == {1, 2}, "before and after the rename"
-        assert {"half of a write", "os.rename .step-00000002.attempt-0.tmp"} <= places
+    assert {trial["begun"] for trial in trials} == {1, 2}, "before and after the rename"
+    assert {"half of a write", "os.rename .step-00000002.attempt-0.tmp"} <= places

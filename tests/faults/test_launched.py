@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny_recipe
-from launching import SECONDS, run, start
+from launching import SECONDS, ranks_of, run, start, wait_for_step
 
 from dist_sft import manifest, runs
 
@@ -23,6 +23,7 @@ NAMES = (
     "AWS_SESSION_TOKEN", "GITHUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KEY", "CLEARML_API_SECRET",
     "MLFLOW_TRACKING_PASSWORD", "SLURM_JWT", "DIST_SFT_CANARY", "PGPASSWORD", "SSH_AUTH_SOCK",
 )  # fmt: skip
+IMPATIENT = ("watchdog.seconds=2", "train.steps=400")
 DIVERGING = ("optimizer.lr=1e38", "optimizer.clip=null", "optimizer.warmup_ratio=0.0")
 
 
@@ -33,8 +34,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("code", "overrides", "restarts"),
-    [(0, (), 0), (1, DIVERGING, 1), (2, ("model.config.hidden_size=31",), 0)],
-    ids=["finished", "crashed", "wrong input"],
+    [
+        (0, (), 0),
+        (1, DIVERGING, 1),
+        (1, IMPATIENT, 0),
+        (2, ("model.config.hidden_size=31",), 0),
+    ],
+    ids=["finished", "crashed", "hung", "wrong input"],
 )
 def test_secrets_of_the_environment_are_nowhere(
     code: int,
@@ -52,6 +58,9 @@ def test_secrets_of_the_environment_are_nowhere(
         data={**recipe["data"], "cache_dir": str(tmp_path / "cache")},
     )  # fmt: skip
     process = start(path, *overrides, f"--restarts={restarts}")
+    if overrides == IMPATIENT:
+        wait_for_step(tmp_path / "run", 2, process)
+        next(p for p in ranks_of(process) if p.environ()["RANK"] == "1").suspend()
     told = watch_ranks(process)
     out, err = process.communicate()
     assert process.returncode == code, out + err
@@ -68,9 +77,10 @@ def test_secrets_of_the_environment_are_nowhere(
     logs = b"".join(content for file, content in contents.items() if file.suffix == ".log")
     size = sum(map(len, contents.values()))
     print(f"{len(files)} files of {size:,} bytes, {len(logs):,} of them logs")
-    assert (b"Traceback" in logs) == (code != 0), (
-        "a failure must leave what could give secrets away"
-    )
+    stacks = b"most recent call first" if overrides == IMPATIENT else b"Traceback"
+    assert (stacks in logs) == (code != 0), "a failure must leave what could give secrets away"
+    if overrides == IMPATIENT:
+        assert "has made no progress for" in err
     if code == 0:
         assert any("tfevents" in file.name for file in files)
         assert (tmp_path / "run" / "model" / "model.safetensors") in contents
