@@ -108,7 +108,7 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
         if code != runs.FAILED:
             return code
         if max(runs.attempts(run_dir)) > attempt:
-            print("another launcher has taken over: not starting again", file=sys.stderr)
+            print("another launcher has taken over: no restart", file=sys.stderr)
             return code
         in_vain = 1 if max(manifest.folders(run_dir), default=0) > before else in_vain + 1
         if in_vain > restarts:

@@ -794,7 +794,7 @@ def test_what_another_launcher_took_over_is_not_started_again(
     assert "starting again" not in err
     assert runs.attempts(setup.run_dir) == [0, 1]
     assert code == runs.FAILED
-    assert "another launcher has taken over: not starting again" in err
+    assert "another launcher has taken over: no restart" in err
     if works_on:
         assert held
         assert held.attempt == 1, "its lease is left alone"
