@@ -136,7 +136,7 @@ class Saving:
     def _write(self) -> None:
         rank = dist.get_rank()
         try:
-            self._temporary.parent.mkdir(self._mode, exist_ok=True)
+            self._temporary.parent.mkdir(self._mode, parents=True, exist_ok=True)
             self._temporary.mkdir(MODES["private"], exist_ok=True)
             file = f"rank-{rank:05d}.safetensors"
             path = self._temporary / file

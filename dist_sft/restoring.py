@@ -18,8 +18,8 @@ ORIGINS = {
     "model": "the model that the run began from (its config, or the sizes of its files)",
 }
 """What a checkpoint belongs to, by section of the recipe."""
-DESCRIBES_MODEL = ("model", "model.path", "model.revision", "model.config")
-"""Settings that say which model a run begins from; data follow from all of theirs."""
+SAY_WHAT = {"data": ("data",), "model": ("model.path", "model.revision", "model.config")}
+"""Settings that say what these are: whoever lets one of them change expects something else."""
 
 
 class Restorer:
@@ -114,6 +114,7 @@ class Restorer:
         )
 
     def _allows(self, origin: str) -> bool:
-        if origin == "model":
-            return not {*self._allowed}.isdisjoint(DESCRIBES_MODEL)
-        return any(name == origin or name.startswith(f"{origin}.") for name in self._allowed)
+        return any(
+            name == origin or any(f"{name}.".startswith(f"{x}.") for x in SAY_WHAT[origin])
+            for name in self._allowed
+        )

@@ -109,7 +109,8 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
     try:
         if changes:
             record_change(run_dir, len(attempts(run_dir)), changes)
-        if changes and _nothing_was_learned(run_dir):
+        described_otherwise = any(key.startswith("model.config") for key in changes)
+        if changes and (described_otherwise or _nothing_was_learned(run_dir)):
             # Random weights that the old settings described would be taken for the new ones'.
             shutil.rmtree(run_dir / "initial", ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
