@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
 
-.PHONY: quickstart install test test-core test-gpu lint docs bench clean
+.PHONY: quickstart install test test-core test-faults test-gpu lint docs bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dist_sft.quickstart --workers 2
@@ -23,10 +23,13 @@ install: .venv/installed-dev
 
 test: install lint
 	$(PYTEST) -m "not slow and not gpu" -q
-	$(PYTEST) -m slow -q
+	$(PYTEST) -m "slow and not matrix" -q
 
 test-core: install
 	$(PYTEST) -m "not slow and not gpu" -q
+
+test-faults: install
+	$(PYTEST) -m "not gpu" -q tests/faults
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q

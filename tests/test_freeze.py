@@ -126,7 +126,7 @@ def test_frozen_weights_need_no_gradient_of_their_own() -> None:
 
 def test_weights_frozen_when_saved_are_not_trained_on(tmp_path: Path) -> None:
     engine = SimpleNamespace(module=llama())
-    content = {"format": manifest.FORMAT, "shapes": shards.parameter_shapes(engine)}
+    content = {"format": manifest.FORMAT, "step": 3, "shapes": shards.parameter_shapes(engine)}
     folder = tmp_path / "run" / "checkpoints" / "step-00000003"
     folder.mkdir(parents=True)
     manifest.write(folder, content | {"files": {}, "frozen": [HEAD, EMBEDDING]})

@@ -17,7 +17,8 @@ STEPS = 14
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 # Ranks that are held within a step do not meet in another one, where they would commit.
 SAVED_AT_ONCE = {"asynchronous": False}
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3")]
+MATRIX = [pytest.mark.slow, pytest.mark.matrix]
+OTHERS = [pytest.param(name, marks=MATRIX) for name in ("zero1", "zero3")]
 SHARDINGS = pytest.mark.parametrize(
     "sharding",
     ["zero2", None, *OTHERS],
