@@ -64,7 +64,9 @@ class Restorer:
         folder = manifest.folder_of(self._run_dir, step)
         saved = manifest.read(folder)
         changed = {
-            key: f"{saved[key]} -> {facts[key]}" for key in ORIGINS if saved[key] != facts[key]
+            key: f"{saved[key][:12]} -> {facts[key][:12]}"
+            for key in ORIGINS
+            if saved[key] != facts[key]
         }
         for key in changed:
             if not self._allows(key):

@@ -238,13 +238,15 @@ def test_other_mathematics_is_refused_and_let_through_by_name(
     assert code == 0, out + err
     assert difference in out
     assert "continuing after step 6" in out
-    (record,) = map(json.loads, read(run_dir / "changes.jsonl").splitlines())
+    record, *hashes = map(json.loads, read(run_dir / "changes.jsonl").splitlines())
+    origin = {changed.partition(".")[0]} & {"data", "model"}
+    assert [f"{key} (hash)" in found for key, found in zip(origin, hashes, strict=True)] == (
+        [True] * len(origin)
+    )
     assert record["before_attempt"] == 1
     assert difference in "; ".join(f"{key}: {record[key]}" for key in record)
     before, after = (manifest.read(manifest.folder_of(run_dir, step)) for step in (6, 7))
-    assert {key for key in ("data", "model") if before[key] != after[key]} == (
-        {changed} & {"data", "model"}
-    )
+    assert {key for key in ("data", "model") if before[key] != after[key]} == origin
     dropout = json.loads(read(run_dir / "model" / "config.json"))["attention_dropout"]
     assert dropout == (0.5 if changed.startswith("model") else 0.1)
     last, undisturbed = (report.read_steps(d / "metrics.jsonl")[-1] for d in (run_dir, finished[1]))
