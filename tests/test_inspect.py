@@ -567,7 +567,7 @@ def run_dir(recipe: Path) -> Path:
     for step in (3, 6):
         checkpoint = manifest.folder_of(folder, step)
         checkpoint.mkdir(parents=True)
-        manifest.write(checkpoint, {"format": manifest.FORMAT, "files": {}})
+        manifest.write(checkpoint, {"format": manifest.FORMAT, "step": step, "files": {}})
     (folder / "config.json").write_text(read_recipe(recipe).to_json(), encoding="utf-8")
     return folder
 
