@@ -25,10 +25,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "ranks"), str(Path(__file__).parents[1])]
 
 import torch.distributed as dist
 from cells import Run, write_model
+from processes import free_port
 from state import whole_state
 
 from dist_sft import checkpoint, digests, manifest
@@ -153,14 +154,14 @@ def fork_ranks(
 
 def main() -> None:
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
-    out, ports = Path(sys.argv[2]), iter(range(job.port, job.port + 1000))
+    out = Path(sys.argv[2])
 
     def run(run_dir: Path, **deadly: int) -> list[dict[str, Any]] | None:
         shutil.rmtree(out.parent / "ranks", ignore_errors=True)
         (out.parent / "ranks").mkdir()
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         at = {int(name.removeprefix("rank_")): number for name, number in deadly.items()}
-        return fork_ranks(job, run_dir, next(ports), out.parent / "ranks", at)
+        return fork_ranks(job, run_dir, free_port(), out.parent / "ranks", at)
 
     undisturbed = run(out.parent / "undisturbed")
     assert undisturbed is not None

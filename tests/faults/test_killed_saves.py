@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from matrix import Cell, make_job, make_model
-from processes import free_port
 
 PROGRAM = Path(__file__).parent / "killed_saves.py"
 ROOT = PROGRAM.parents[2]
@@ -27,7 +26,7 @@ ROOT = PROGRAM.parents[2]
 )
 def test_a_save_that_is_killed_anywhere(sharding: str | None, tmp_path: Path) -> None:
     models = {"tied": make_model(tmp_path / "model", tied=True)}
-    job = make_job(tmp_path, models, [Cell(sharding)], port=free_port())
+    job = make_job(tmp_path, models, [Cell(sharding)])
     (tmp_path / "job.json").write_text(json.dumps(job))
     out = tmp_path / "trials" / "out.json"
     out.parent.mkdir()
