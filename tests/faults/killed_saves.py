@@ -25,7 +25,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "ranks"), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
 
 import torch.distributed as dist
 from cells import Run, write_model
