@@ -372,10 +372,14 @@ def difference(old: Recipe, new: Recipe) -> dict[str, str]:
     return dict(_changes(before, after, ""))
 
 
-def may_change(key: str, old: Recipe, new: Recipe) -> bool:
-    """Tell whether a key of `difference` may differ when a run is continued."""
+def may_change(key: str, old: Recipe, new: Recipe, taken: int | None = None) -> bool:
+    """Tell whether a key of `difference` may differ when a run is continued.
+
+    Where no step depends on the end, that may move, but not to before the steps that are `taken`.
+    """
     if key in LENGTH:
-        return is_longer(old, new) and not any(
+        not_too_short = taken is not None and (new.train.steps or 0) >= taken
+        return (is_longer(old, new) or not_too_short) and not any(
             recipe.optimizer.schedule != "constant" or recipe.optimizer.warmup_ratio
             for recipe in (old, new)
         )

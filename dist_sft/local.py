@@ -118,7 +118,12 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
                 )
             return code
         seen = lease.wait_until_free(run_dir)
-        print(f"starting again ({in_vain} of {restarts} without a new checkpoint)", file=sys.stderr)
+        newest = max(manifest.folders(run_dir), default=0)
+        print(
+            f"starting again from step {newest} (restarts without a newer one: {in_vain} of "
+            f"{restarts})",
+            file=sys.stderr,
+        )
 
 
 def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:

@@ -204,7 +204,7 @@ def watch(
                 runs.write_failure(run_dir, attempt, stuck.rank, outcome, killed=True)
             elif taken:
                 reason = f"another launcher has taken over {run_dir}: this attempt ended unsaved"
-                runs.write_failure(run_dir, attempt, 0, runs.Outcome(runs.FAILED, reason, -1))
+                runs.write_outcome(run_dir, attempt, runs.Outcome(runs.FAILED, reason, -1))
         if stuck:
             watchdog.dump()
         if stuck or taken or early or relay.leaves:
@@ -322,9 +322,9 @@ def _explain_exit(code: int) -> str:
     what = f"ended by {signal.Signals(-code).name}"
     if code == -signal.SIGKILL:
         what += (
-            ", killed from outside: mostly by the kernel because the machine ran out of memory "
-            "(see `dmesg`). Try fewer workers, a smaller train.tokens_per_micro_batch, or "
-            "deepspeed: zero3"
+            ", killed from outside: by a person, or by the kernel because the machine ran out of "
+            "memory (see `dmesg`): then try fewer workers, a smaller "
+            "train.tokens_per_micro_batch, or deepspeed: zero3"
         )
     return what
 

@@ -129,12 +129,16 @@ def record_change(run_dir: Path, attempt: int, changes: dict[str, str]) -> None:
 
 
 def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str, str]:
+    from dist_sft.manifest import every_folder
+
     old = read_config_json(run_dir)
     changes = difference(old, recipe)
+    taken = max(every_folder(run_dir), default=None)
     refused = {
         key: change
         for key, change in changes.items()
-        if not may_change(key, old, recipe) and not any(_is_in(key, name) for name in allowed)
+        if not may_change(key, old, recipe, taken)
+        and not any(_is_in(key, name) for name in allowed)
     }
     if not refused or _nothing_was_learned(run_dir):
         return changes
@@ -149,8 +153,9 @@ def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str,
         advice += f"\nNo setting of this name differs: {', '.join(idle)}"
     if LENGTH & refused.keys():
         advice += (
-            "\nMore train.steps or train.epochs go through by themselves where no step depends on "
-            "the end of the run: under optimizer.schedule: constant and optimizer.warmup_ratio: 0"
+            "\nAnother end goes through by itself where no step depends on it (under "
+            "optimizer.schedule: constant and optimizer.warmup_ratio: 0), and it is not before the "
+            "newest checkpoint"
         )
     head = f"run_dir: {run_dir} belongs to a run with other settings (that run's -> the new ones):"
     raise UserError("\n  ".join([head, *listed]) + advice)

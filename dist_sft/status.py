@@ -67,4 +67,8 @@ def _checkpoints(run_dir: Path) -> str:
     steps, best = list(manifest.folders(run_dir)), manifest.best(run_dir)
     if not steps:
         return "no checkpoint yet"
-    return f"checkpoints: {', '.join(map(str, steps))}" + (f"; best: {best}" if best else "")
+    aside = [path.name for path in (run_dir / "checkpoints").glob("step-*.damaged-*")]
+    told = f"checkpoints of steps: {', '.join(map(str, steps))}" + (
+        f"; best: {best}" if best else ""
+    )
+    return told + (f"; damaged, set aside: {', '.join(aside)}" if aside else "")

@@ -736,3 +736,13 @@ def test_a_recipe_is_frozen() -> None:
 def test_every_setting_is_documented() -> None:
     settings = settings_of(Recipe) | settings_of(Source, "data.train.0.")
     assert [name for name, field in settings.items() if not field.description] == []
+
+
+def test_the_end_may_move_back_but_not_before_what_was_done() -> None:
+    constant = {"schedule": "constant"}
+    old, new = (recipe(train={"steps": n}, optimizer=constant) for n in (40, 30))
+    assert not may_change("train.steps", old, new)
+    assert may_change("train.steps", old, new, taken=30)
+    assert not may_change("train.steps", old, new, taken=31)
+    falling = recipe(train={"steps": 30}, optimizer={"schedule": "cosine"})
+    assert not may_change("train.steps", old, falling, taken=30)

@@ -327,8 +327,9 @@ def test_a_finished_run_that_is_to_be_longer_goes_on(
     printed, errors = capsys.readouterr()
     assert f"{setup.run_dir} continues with other settings:\n  train.steps: 4 -> 7\n" in printed
     assert errors.endswith(
-        "\nMore train.steps or train.epochs go through by themselves where no step depends on the "
-        "end of the run: under optimizer.schedule: constant and optimizer.warmup_ratio: 0\n"
+        "\nAnother end goes through by itself where no step depends on it (under "
+        "optimizer.schedule: constant and optimizer.warmup_ratio: 0), and it is not before the "
+        "newest checkpoint\n"
     )
     with open(setup.run_dir / "changes.jsonl", "a") as file:
         file.write('{"time": 1')  # as a full disk leaves it
@@ -592,9 +593,9 @@ def test_workers_that_say_nothing(
 
 LOST = "RuntimeError: Connection closed by peer"
 KILLED = (
-    "ended by SIGKILL, killed from outside: mostly by the kernel because the machine ran out of "
-    "memory (see `dmesg`). Try fewer workers, a smaller train.tokens_per_micro_batch, or "
-    "deepspeed: zero3"
+    "ended by SIGKILL, killed from outside: by a person, or by the kernel because the machine ran "
+    "out of memory (see `dmesg`): then try fewer workers, a smaller train.tokens_per_micro_batch, "
+    "or deepspeed: zero3"
 )
 
 

@@ -543,7 +543,7 @@ def test_a_stopped_rank_is_found_and_the_run_started_again(
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, out + err
     assert re.search(r"rank 1 has made no progress for \d+ s \(.*, step \d+\): its proc", err)
-    assert "starting again (1 of 1 without a new checkpoint)" in err
+    assert "(restarts without a newer one: 1 of 1)" in err
     assert "most recent call first" in read(run_dir / "logs/attempt-0/rank-0.log")
     assert runs.attempts(run_dir) == [0, 1]
     assert [x["step"] for x in report.read_steps(run_dir / "metrics.jsonl")] == list(range(1, 61))
