@@ -1,0 +1,37 @@
+"""The SLURM cluster that tests share, and folders for its users."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, slurm_cluster, unavailable
+
+
+@pytest.fixture(scope="session")
+def shared_slurm() -> Iterator[Cluster]:
+    """Start 4 nodes, or skip the test where that can't be: in CI it must."""
+    if reason := unavailable():
+        if os.environ.get("DIST_SFT_REQUIRE_CLUSTERS") == "1":
+            pytest.fail(f"DIST_SFT_REQUIRE_CLUSTERS is set, but no SLURM cluster: {reason}")
+        pytest.skip(f"no SLURM cluster: {reason}")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
+        Path(name).chmod(0o755)
+        with slurm_cluster(Path(name), nodes=4) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def slurm(shared_slurm: Cluster) -> Iterator[Cluster]:
+    """Give a test the cluster with all nodes idle; what it breaks is repaired after it."""
+    yield shared_slurm
+    shared_slurm.reset()
+
+
+@pytest.fixture
+def everyones_folder() -> Iterator[Path]:
+    """Make a folder that all users may write to; `tmp_path` is for root alone."""
+    with tempfile.TemporaryDirectory(prefix="everyones-") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
