@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
 
@@ -39,6 +40,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	if command -v shellcheck >/dev/null; then shellcheck $(SHELL_FILES); fi
 
 models/smollm2-135m: install
 	$(BIN)/python benchmarks/get_smollm2.py $@

@@ -105,7 +105,7 @@ class Machine:
     def kill(self, daemon: str) -> None:
         """Kill a daemon, but nothing that it started."""
         process = self._daemons[daemon]
-        if children := _children(process.pid):
+        if self.runs(daemon) and (children := _children(process.pid)):
             os.kill(children[0], signal.SIGKILL)
         process.wait(SECONDS)
 

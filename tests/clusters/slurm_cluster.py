@@ -27,6 +27,7 @@ NETWORK = "10.77.0"  # nowhere but in the namespaces
 CPUS, MEGABYTES = 4, 4000  # what each node claims to have; all share what there is
 TOOLS = ("munged", "sbatch", "slurmctld", "slurmd", "srun")
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"}
+SLURMD_PORT, SLURMDBD_PORT = 6818, 6819  # SLURM's defaults
 UP = {"allocated", "completing", "idle", "mixed"}
 TAIL_LINES = 15
 
@@ -164,6 +165,7 @@ class Cluster:
         self.folder = folder
         self.addresses = {f"n{i}": f"{NETWORK}.{i}" for i in range(1, nodes + 1)}
         self._machines: dict[str, Machine] = {}
+        self._harmed: set[str] = set()
 
     def run(
         self,
@@ -216,8 +218,13 @@ class Cluster:
         self._until(is_there, f"job {job} is {' or '.join(states)}", seconds)
 
     def kill_node(self, name: str, how: Literal["power", "slurmd", "net"] = "power") -> None:
-        """Power a node off, or kill its slurmd but not its jobs, or cut its network."""
+        """Power a node off, or kill its slurmd but not its jobs, or cut its network.
+
+        SLURM notices after 17 s: the node is down and its jobs are requeued, to start again 6 s
+        later. Where the node comes back earlier, SLURM takes a lost job to be running for long.
+        """
         node = self._machines[name]
+        self._harmed.add(name)
         match how:
             case "power":
                 node.power_off()
@@ -227,20 +234,30 @@ class Cluster:
                 node.plug("down")
 
     def bring_up(self, name: str) -> None:
-        """Undo what was done to a node, and wait until SLURM would use it."""
-        if not self._machines[name].is_on():
+        """Undo what was done to a node, and wait until SLURM would use it.
+
+        What ran on a node that was not without power runs on, for half a minute or so: SLURM does
+        not look at once, and not for what became of a job that ended in the last 5 s.
+        """
+        node = self._machines[name]
+        if not node.is_on():
             self._boot(name)
+        elif not node.runs("slurmd"):
+            node.start("slurmd", "-D")
         self._machines[name].plug("up")
-        if not self._machines[name].runs("slurmd"):
-            self._machines[name].start("slurmd", "-D")
+        self._until(lambda: self._listens(name, SLURMD_PORT), f"slurmd of {name} listens")
+        # Without this, half a minute passes here, too. It is an error where the node is neither
+        # down nor drained.
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
         self._until(lambda: self._node_states()[name] in UP, f"{name} is up")
 
     def reset(self) -> None:
-        """End all jobs and bring up all nodes."""
+        """End all jobs and bring up all nodes, those that were harmed without what ran on them."""
         self._is_idle_without_jobs()
+        for name in self._harmed:
+            self._machines[name].power_off()
+        self._harmed.clear()
         for name in self.addresses:
-            # An error where the node is neither down nor drained.
-            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
             self.bring_up(name)
         self._until(self._is_idle_without_jobs, "the cluster is idle")
 
@@ -299,8 +316,7 @@ class Cluster:
         for host in ("localhost", "127.0.0.1"):
             self.run(*sql, f"grant all on slurm.* to slurm@{host} identified by 'slurm'")
         ctl.start("slurmdbd", "-D")
-        connect = "exec 3<>/dev/tcp/127.0.0.1/6819"
-        self._until(lambda: self._succeeds("bash", "-c", connect), "slurmdbd listens")
+        self._until(lambda: self._listens("ctl", SLURMDBD_PORT), "slurmdbd listens")
 
     def _write_configuration(self, accounting: bool, gpus: int, extra_conf: str) -> None:
         for name in (
@@ -348,6 +364,9 @@ class Cluster:
         if jobs:
             self.run("scancel", *jobs, check=False)
         return not jobs and set(self._node_states().values()) == {"idle"}
+
+    def _listens(self, host: str, port: int) -> bool:
+        return self._succeeds("bash", "-c", f"exec 3<>/dev/tcp/{host}/{port}")
 
     def _succeeds(self, *command: str) -> bool:
         return self.run(*command, check=False).returncode == 0

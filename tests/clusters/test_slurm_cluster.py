@@ -48,7 +48,7 @@ else:
     connection.sendall(socket.gethostname().encode())
 """
 
-# Prints the processes it knows of; a daemon leaves its job, as Ray's and others' do.
+# One process leaves its job, as daemons do. Prints the network namespaces of the machines.
 HOLDS_A_CLUSTER = """
 import sys
 from pathlib import Path
@@ -127,31 +127,28 @@ def test_a_higher_partition_preempts(slurm: Cluster, tmp_path: Path) -> None:
 
 
 def test_jobs_of_dead_nodes_go_elsewhere(slurm: Cluster, tmp_path: Path) -> None:
-    """However a node dies; with only its slurmd dead, the job runs on until that is back."""
-    ways: tuple[Literal["power", "slurmd", "net"], ...] = ("power", "slurmd", "net")
-    path = script(tmp_path, RUNS_UNTIL_REQUEUED)
-    node_of, job_of = {}, {}
-    for how in ways:
-        log = f"--output={tmp_path}/{how}"
-        job_of[how] = slurm.submit("--exclusive", "--open-mode=append", log, path)
-        slurm.wait_for(job_of[how], "RUNNING")
-        node_of[how] = slurm.show(job_of[how])["BatchHost"]
-        wait_for_line(tmp_path / how, f"run 0 on {node_of[how]}")
-    [healthy] = slurm.addresses.keys() - node_of.values()
-    for how in ways:
-        slurm.kill_node(node_of[how], how)
-    for how in ways:
-        slurm.wait_for(job_of[how], "COMPLETED")
-        assert (tmp_path / how).read_text().splitlines() == [
-            *(f"run 0 on {node_of[how]}", f"run 1 on {healthy}")
-        ]
-    job_runs = ("pgrep", "-f", "sleep 612")
-    assert slurm.run(*job_runs, on=node_of["slurmd"], check=False).returncode == 0
-    for node in node_of.values():
-        slurm.bring_up(node)
+    """However a node dies; where it keeps its power, what the job started runs on."""
+    deaths: dict[str, Literal["power", "slurmd", "net"]]
+    deaths = {"n1": "power", "n2": "slurmd", "n3": "net"}
+    path, jobs = script(tmp_path, RUNS_UNTIL_REQUEUED), {}
+    slurm.run("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=spare")
+    for name in deaths:
+        others = ",".join(deaths.keys() - {name})
+        log = f"--output={tmp_path}/{name}"
+        jobs[name] = slurm.submit(f"--exclude={others}", log, "--open-mode=append", path)
+        wait_for_line(tmp_path / name, f"run 0 on {name}")
+    slurm.run("scontrol", "update", "NodeName=n4", "State=RESUME")
+    for name, how in deaths.items():
+        slurm.kill_node(name, how)
+    for name, job in jobs.items():
+        slurm.wait_for(job, "COMPLETED")
+        assert (tmp_path / name).read_text().splitlines() == [f"run 0 on {name}", "run 1 on n4"]
+    assert ["sleep 612" in processes_on(slurm, name) for name in ("n2", "n3")] == [True, True]
+    for name in deaths:
+        slurm.bring_up(name)
     slurm.run("srun", "--nodes=4", "true")
-    for node in node_of.values():
-        assert slurm.run(*job_runs, on=node, check=False).returncode == 1
+    slurm.reset()
+    assert not any("sleep 612" in processes_on(slurm, name) for name in slurm.addresses)
 
 
 @pytest.mark.parametrize("end", ["leaves", "is killed"])
@@ -179,6 +176,10 @@ def test_nothing_is_left(end: str, everyones_folder: Path, shared_slurm: Cluster
         time.sleep(0.05)
     assert str(everyones_folder) not in Path("/proc/self/mountinfo").read_text()
     assert shared_slurm.run("srun", "--nodes=4", "hostname").returncode == 0
+
+
+def processes_on(slurm: Cluster, name: str) -> str:
+    return slurm.run("sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '", on=name).stdout
 
 
 def processes_in(networks: set[str]) -> list[str]:
