@@ -21,97 +21,14 @@ from pathlib import Path
 from typing import Literal
 
 import machines
+import slurm_conf
 from machines import Machine
 
-NETWORK = "10.77.0"  # nowhere but in the namespaces
-CPUS, MEGABYTES = 4, 4000  # what each node claims to have; all share what there is
 TOOLS = ("munged", "sbatch", "slurmctld", "slurmd", "srun")
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT"}
 SLURMD_PORT, SLURMDBD_PORT = 6818, 6819  # SLURM's defaults
 UP = {"allocated", "completing", "idle", "mixed"}
 TAIL_LINES = 15
-
-SLURM_CONF = """
-ClusterName=testcluster
-SlurmctldHost=ctl({ctl})
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-# For cred_expire seconds, 120 by default, a requeued job waits before it may start again.
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
-StateSaveLocation={folder}/spool/ctl
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd.%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd.%n.log
-
-# No cgroups, and no CPUs of one's own.
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=5
-PropagateResourceLimits=NONE
-SlurmdParameters=config_overrides
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU={megabytes_per_cpu}
-JobRequeue=1
-ReturnToService=2
-
-# Schedule at once.
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=1,bf_interval=1,bf_resolution=1,batch_sched_delay=0
-PriorityType=priority/basic
-
-# By partition. Without preempt_send_user_signal the preempted job gets TERM for its --signal.
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-
-# A node that says nothing for SlurmdTimeout seconds is down and its jobs are requeued.
-SlurmdTimeout=6
-SlurmctldTimeout=10
-MessageTimeout=5
-TCPTimeout=2
-BatchStartTimeout=10
-KillWait=5
-WaitTime=0
-MinJobAge=600
-JobCompType=jobcomp/filetxt
-JobCompLoc={folder}/jobs.txt
-
-{accounting}
-{gpu_types}
-NodeName=n[1-{nodes}] CPUs={cpus} RealMemory={megabytes}{gpus} State=UNKNOWN
-PartitionName=DEFAULT Nodes=ALL DefaultTime=10 MaxTime=INFINITE State=UP
-PartitionName=main Default=YES PriorityTier=10 GraceTime=10
-PartitionName=low PriorityTier=1 GraceTime=10
-PartitionName=kill PriorityTier=1 GraceTime=0
-PartitionName=high PriorityTier=100 PreemptMode=OFF
-"""
-
-# AccountingStoragePass, and not AuthInfo, is where slurmctld finds slurmdbd's munged.
-ACCOUNTING_CONF = """
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=ctl
-AccountingStoragePass={folder}/munge/socket
-"""
-
-SLURMDBD_CONF = """
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
-DbdHost=ctl
-SlurmUser=root
-StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StorageUser=slurm
-StoragePass=slurm
-StorageLoc=slurm
-LogFile={folder}/log/slurmdbd.log
-PidFile={folder}/run/slurmdbd.pid
-CommitDelay=1
-"""
 
 # Python or the checkout may lie in a folder that only its owner may pass, such as root's home, but
 # jobs of other users need them: show that folder to all, and of what is in it nothing else.
@@ -162,8 +79,8 @@ class Cluster:
     """The machines, and what a user does on the login node."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
-        self.folder = folder
-        self.addresses = {f"n{i}": f"{NETWORK}.{i}" for i in range(1, nodes + 1)}
+        self.folder = folder.resolve()
+        self.addresses = slurm_conf.addresses(nodes)
         self._machines: dict[str, Machine] = {}
         self._harmed: set[str] = set()
 
@@ -192,10 +109,14 @@ class Cluster:
         return done
 
     def submit(
-        self, *arguments: str | Path, user: str | None = None, cwd: Path = Path("/tmp")
+        self,
+        *arguments: str | Path,
+        user: str | None = None,
+        cwd: Path = Path("/tmp"),
+        env: Mapping[str, str] | None = None,
     ) -> int:
         """Submit a batch job by sbatch's arguments; return its number."""
-        done = self.run("sbatch", "--parsable", *arguments, user=user, cwd=cwd)
+        done = self.run("sbatch", "--parsable", *arguments, user=user, cwd=cwd, env=env)
         return int(done.stdout.split(";")[0])
 
     def show(self, job: int) -> dict[str, str]:
@@ -263,8 +184,8 @@ class Cluster:
 
     def start(self, accounting: bool, gpus: int, extra_conf: str) -> None:
         """Start the machines and wait until the nodes are idle."""
-        self._write_configuration(accounting, gpus, extra_conf)
-        ctl = self._machines["ctl"] = Machine("ctl", f"{NETWORK}.254", self.folder / "log")
+        slurm_conf.write(self.folder, len(self.addresses), accounting, gpus, extra_conf)
+        ctl = self._machines["ctl"] = Machine("ctl", slurm_conf.CTL, self.folder / "log")
         # The nodes' mounts begin as copies of these.
         for number, (private, needed) in enumerate(_private_folders().items()):
             behind = str(self.folder / f"behind-{number}")
@@ -317,41 +238,6 @@ class Cluster:
             self.run(*sql, f"grant all on slurm.* to slurm@{host} identified by 'slurm'")
         ctl.start("slurmdbd", "-D")
         self._until(lambda: self._listens("ctl", SLURMDBD_PORT), "slurmdbd listens")
-
-    def _write_configuration(self, accounting: bool, gpus: int, extra_conf: str) -> None:
-        for name in (
-            "etc",
-            "log",
-            "munge",
-            "run",
-            "spool/ctl",
-            *(f"spool/{n}" for n in self.addresses),
-        ):
-            (self.folder / name).mkdir(parents=True)
-        folder, etc = self.folder, self.folder / "etc"
-        (folder / "munge/key").write_bytes(os.urandom(128))
-        (folder / "munge/key").chmod(0o600)
-        hosts = {"localhost": "127.0.0.1", "ctl": f"{NETWORK}.254", **self.addresses}
-        (etc / "hosts").write_text("".join(f"{to} {name}\n" for name, to in hosts.items()))
-        slurm_conf = SLURM_CONF.format(
-            ctl=hosts["ctl"],
-            folder=folder,
-            nodes=len(self.addresses),
-            cpus=CPUS,
-            megabytes=MEGABYTES,
-            megabytes_per_cpu=MEGABYTES // CPUS,
-            accounting=ACCOUNTING_CONF.format(folder=folder) if accounting else "",
-            gpu_types="GresTypes=gpu" if gpus else "",
-            gpus=f" Gres=gpu:{gpus}" if gpus else "",
-        )
-        (etc / "slurm.conf").write_text(f"{slurm_conf}\n{extra_conf}\n")
-        if accounting:
-            (etc / "slurmdbd.conf").touch(0o600)
-            (etc / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(folder=folder))
-        for number in range(gpus):  # any device will do where no cgroup guards it
-            os.mknod(etc / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        if gpus:
-            (etc / "gres.conf").write_text(f"Name=gpu File={etc}/gpu[0-{gpus - 1}]\n")
 
     def _node_states(self) -> dict[str, str]:
         done = self.run(
