@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_sft import lease, manifest, node, preflight, runs
-from dist_sft.config import Recipe, read_recipe
+from dist_sft import launching, lease, manifest, node, preflight, runs
+from dist_sft.config import Recipe
 from dist_sft.errors import UserError
 
 
@@ -19,11 +19,8 @@ def parser() -> argparse.ArgumentParser:
         prog="launch/local.py",
         description="Run a recipe on this machine. The same command again continues the run.",
     )
-    result.add_argument("job", choices=["train"], help="what to run")
-    result.add_argument("recipe", help="YAML file")
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="override any setting")
+    launching.add_arguments(result)
     result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
-    result.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     result.add_argument(
         "--restarts",
         type=int,
@@ -31,19 +28,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="start again after a crash, at most N times without a new checkpoint",
     )
-    result.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="continue although this setting (dotted, or a section) differs from the run's",
-    )
-    result.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="continue from a checkpoint that other users own or may write",
-    )
-    result.add_argument("--prepare", action="store_true", help="write the run folder, and stop")
     return result
 
 
@@ -56,35 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_intermixed_args(arguments)
     try:
-        recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
         gpus = node.count_gpus()
         workers = gpus or 1 if options.workers is None else options.workers
         if workers < 1:
             raise UserError(f"--workers: got {workers}; allowed: 1 or more")
-        if options.restarts < 0:
-            raise UserError(f"--restarts: got {options.restarts}; allowed: 0 or more")
-        runs.check(recipe, options.allow_change)
-        if not options.prepare and runs.is_finished(recipe):
-            print(
-                f"{recipe.run_dir} is finished already; for another run give another run_dir, "
-                "for more of this one more steps (under a constant schedule)"
-            )
-            return runs.FINISHED
-        mistakes = preflight.missing_paths(recipe)
-        mistakes += preflight.machine_mistakes(recipe, workers, gpus)
-        if mistakes and not options.prepare:
-            raise UserError("\n".join(mistakes))
+        recipe = launching.read(options)
+        run_dir = Path(recipe.run_dir)
+        if not options.prepare:
+            if launching.is_finished(recipe):
+                return runs.FINISHED
+            mistakes = preflight.missing_paths(recipe)
+            launching.refuse(mistakes + preflight.machine_mistakes(recipe, workers, gpus))
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
-        seen = lease.wait_until_free(Path(recipe.run_dir))
-        told = {
-            "overrides": options.overrides,
-            "allow_change": options.allow_change,
-            "trust_checkpoint": options.trust_checkpoint,
-        }
-        launch = runs.Launch("local", 1, workers, told, runs.code_revision())
-        run_dir = runs.create(recipe, launch)
+        seen = launching.write_run_folder(options, recipe, "local", 1, workers)
         if options.prepare:
             print(f"prepared {run_dir}")
             return runs.FINISHED

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from dist_sft import lease, process, runs
+from dist_sft import lease, process, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
@@ -104,20 +104,27 @@ def threads_for(setting: int | str, workers_per_node: int, gpus: int) -> int:
     return max(1, (os.cpu_count() or 1) // workers_per_node) if gpus else 1
 
 
-def group_from(environment: Mapping[str, str], launch: runs.Launch) -> Group:
-    """Read this node's place from NODE_RANK, MASTER_ADDR and MASTER_PORT.
+def group_from(
+    environment: Mapping[str, str], launch: runs.Launch, nodes: int | None = None
+) -> Group:
+    """Read this node's place from NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT.
 
-    Raises UserError when a run on several nodes lacks one: there is no safe guess.
+    `nodes` is how many there are, where that is not what the launch says. Raises UserError when a
+    run on several nodes lacks a variable: there is no safe guess.
     """
-    if launch.nodes == 1:
+    nodes = nodes or launch.nodes
+    if nodes == 1:
         return Group(1, launch.workers_per_node)
-    missing = [k for k in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
+    rank = "NODE_RANK" if environment.get("NODE_RANK") else "SLURM_NODEID"
+    missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(k)]
+    if not environment.get(rank):
+        missing.insert(0, "NODE_RANK")
     if missing:
-        raise UserError(f"a run on {launch.nodes} nodes needs {', '.join(missing)} on every node")
+        raise UserError(f"a run on {nodes} nodes needs {', '.join(missing)} on every node")
     return Group(
-        launch.nodes,
+        nodes,
         launch.workers_per_node,
-        _number(environment, "NODE_RANK", 0, launch.nodes - 1),
+        _number(environment, rank, 0, nodes - 1),
         environment["MASTER_ADDR"],
         _number(environment, "MASTER_PORT", 1, 65535),
     )
@@ -130,10 +137,10 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int) -> i
     return int(text)
 
 
-def run(run_dir: Path, attempt: int) -> int:
+def run(run_dir: Path, attempt: int, nodes: int | None = None) -> int:
     """Run this node's ranks to their end and return the exit code of the contract."""
     recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
-    group = group_from(os.environ, launch)
+    group = group_from(os.environ, launch, nodes)
     gpus = count_gpus()
     threads = threads_for(recipe.threads_per_worker, group.workers_per_node, gpus)
     log = runs.attempt_dir(run_dir, attempt) / f"torchrun-{group.node_rank}.log"
@@ -142,6 +149,15 @@ def run(run_dir: Path, attempt: int) -> int:
     with ExitStack() as stack:
         relay = stack.enter_context(Relay())
         lost = stack.enter_context(owning)
+        if group.head is not None and group.port is not None:
+            try:
+                roll_call.take(
+                    run_dir, attempt, recipe, group.node_rank, group.nodes,
+                    (group.head, group.port),
+                    workers=group.workers_per_node, gpus=gpus, threads=threads,
+                )  # fmt: skip
+            except roll_call.NotTogether as problem:
+                return _end_before_start(run_dir, attempt, group, str(problem))
         errors = stack.enter_context(open(log, "w", encoding="utf-8"))
         hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
         watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
@@ -174,6 +190,13 @@ def run(run_dir: Path, attempt: int) -> int:
     if outcome.code == runs.STOPPED:
         print("the same command continues the run", file=sys.stderr)
     return outcome.code
+
+
+def _end_before_start(run_dir: Path, attempt: int, group: Group, reason: str) -> int:
+    if group.node_rank == 0:
+        runs.write_outcome(run_dir, attempt, runs.Outcome(runs.FAILED, reason, -1))
+    print(reason, file=sys.stderr)
+    return runs.FAILED
 
 
 def watch(
@@ -334,11 +357,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dist_sft.node", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="a run folder that a launcher wrote")
     parser.add_argument("--attempt", type=int, help="number of the attempt; by default a new one")
+    parser.add_argument("--nodes", type=int, help="how many there are; by default as launched")
     parser.add_argument("--claim", action="store_true", help="claim an attempt, print its number")
     arguments = parser.parse_args()
     run_dir: Path = arguments.run_dir
     try:
-        attempt, nodes = arguments.attempt, runs.read_launch(run_dir).nodes
+        attempt = arguments.attempt
+        nodes = arguments.nodes or runs.read_launch(run_dir).nodes
         if attempt is None and nodes > 1 and not arguments.claim:
             raise UserError(
                 f"a run on {nodes} nodes needs --attempt, the same number on each; "
@@ -356,7 +381,7 @@ def main() -> int:
             raise UserError(f"--attempt: {attempt} was not claimed; --claim prints one that is")
         if runs.read_outcome(run_dir, attempt) is not None:
             raise UserError(f"--attempt: {attempt} is over; claim another one with --claim")
-        return run(run_dir, attempt)
+        return run(run_dir, attempt, arguments.nodes)
     except UserError as error:
         print(error, file=sys.stderr)
         return runs.WRONG_INPUT

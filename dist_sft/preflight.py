@@ -5,8 +5,11 @@ Only what is certain. A name that may be on the hub, and what is in a file, are 
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from dist_sft.config import Recipe
 from dist_sft.paths import FILE_TYPES, is_local, near_matches
@@ -24,10 +27,27 @@ def missing_paths(recipe: Recipe) -> list[str]:
     ]
 
 
-def machine_mistakes(recipe: Recipe, workers: int, gpus: int) -> list[str]:
+def checkpoint_bytes(recipe: Recipe) -> int | None:
+    """Predict the size of a checkpoint: weights and two moments in float32, 12 bytes a parameter.
+
+    The number of parameters is in the headers of the model's safetensors files
+    (https://huggingface.co/docs/safetensors); None where there are none yet.
+    """
+    files = sorted(Path(recipe.model.path).glob("*.safetensors")) if recipe.model.path else []
+    elements = 0
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        elements += sum(math.prod(x["shape"]) for k, x in header.items() if k != "__metadata__")
+    return 12 * elements or None
+
+
+def machine_mistakes(
+    recipe: Recipe, workers: int, gpus: int, option: str = "--workers"
+) -> list[str]:
     """Return a line per wish that this machine's GPUs, or their absence, cannot fulfil.
 
-    For launchers whose ranks run on this machine.
+    For launchers whose ranks run on this machine; `option` says how many.
     """
     mistakes = []
     if recipe.model.dtype == "float16" and not gpus:
@@ -38,7 +58,7 @@ def machine_mistakes(recipe: Recipe, workers: int, gpus: int) -> list[str]:
     if gpus and workers > gpus:
         there_are = "there is 1 GPU" if gpus == 1 else f"there are {gpus} GPUs"
         mistakes.append(
-            f"--workers: got {workers}, but {there_are} here ({_visible()}) and every worker needs "
+            f"{option}: got {workers}, but {there_are} here ({_visible()}) and every worker needs "
             f"one of its own; allowed: 1 to {gpus}, or with CUDA_VISIBLE_DEVICES= (empty) any "
             "number on CPU"
         )

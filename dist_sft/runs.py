@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ class Outcome:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to disk and rename: it exists only whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -115,10 +116,15 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
             shutil.rmtree(run_dir / "initial", ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.json", recipe.to_json())
-        write_atomically(run_dir / "launch.json", json.dumps(asdict(launch), indent=2) + "\n")
+        write_launch(run_dir, launch)
     except OSError as error:
         raise UserError(f"run_dir: {run_dir} cannot be used: {error.strerror}") from None
     return run_dir
+
+
+def write_launch(run_dir: Path, launch: Launch) -> None:
+    """Write down how the run was launched."""
+    write_atomically(run_dir / "launch.json", json.dumps(asdict(launch), indent=2) + "\n")
 
 
 def record_change(run_dir: Path, attempt: int, changes: dict[str, str]) -> None:

@@ -1,0 +1,156 @@
+"""What the batch shell of a SLURM job asks before and after its workers. Imports no torch.
+
+    python -m dist_sft.batch_job begin RUN_DIR            prints the attempt that it claimed
+    python -m dist_sft.batch_job end RUN_DIR ATTEMPT      prints what to do: "requeue [hosts to
+                                                          exclude]" or "exit CODE"
+
+Reasons go to stderr, where the job's log has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dist_sft import lease, roll_call, runs
+from dist_sft.config import read_config_json
+from dist_sft.errors import UserError
+
+FILE = "slurm.json"
+DEFAULT_RESTARTS = 3
+"""How many starts of a job in a row may bring no new checkpoint, where the launch does not say."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The SLURM job that an attempt is part of; `slurm.json` in the attempt's folder."""
+
+    job: int
+    restart: int
+    hosts: list[str]
+
+    @classmethod
+    def me(cls, environment: Mapping[str, str]) -> Job:
+        """Read SLURM's variables, and the hosts that the batch shell found."""
+        return cls(
+            int(environment["SLURM_JOB_ID"]),
+            int(environment.get("SLURM_RESTART_COUNT") or 0),
+            environment.get("DIST_SFT_HOSTS", "").split(),
+        )
+
+
+def read(run_dir: Path, attempt: int) -> Job | None:
+    """Return the job of an attempt, or None where SLURM did not run it."""
+    path = runs.attempt_dir(run_dir, attempt) / FILE
+    return Job(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def begin(run_dir: Path, job: Job, *, link: bool = False) -> int | None:
+    """Claim the next attempt for this job; None where there is nothing to do.
+
+    A person submitted the job, who wants the run to go on whatever stopped it before; not so where
+    SLURM starts it again, or where it is the next `link` of a chain. Raises UserError where the run
+    must not start.
+    """
+    recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
+    if runs.is_finished(recipe):
+        print(f"{run_dir} is finished already", file=sys.stderr)
+        return None
+    stop = run_dir / "STOP"
+    if stop.exists():
+        if job.restart or link:
+            raise UserError(f"{stop} asks this run to stop; remove it, or submit the run again")
+        stop.unlink()
+    reason = why_to_give_up(run_dir, job.job)
+    if reason:
+        raise UserError(reason)
+    seen = lease.wait_until_free(run_dir, lambda line: print(line, file=sys.stderr))
+    attempt = lease.claim(run_dir, seen)
+    runs.write_atomically(runs.attempt_dir(run_dir, attempt) / FILE, json.dumps(asdict(job)) + "\n")
+    if len(job.hosts) != launch.nodes:
+        runs.record_change(run_dir, attempt, {"nodes": f"{launch.nodes} -> {len(job.hosts)}"})
+        runs.write_launch(run_dir, replace(launch, nodes=len(job.hosts)))
+    return attempt
+
+
+def end(run_dir: Path, attempt: int, asked: str) -> str:
+    """Say what the batch shell shall do after an attempt; `asked` is the signal it got, or ""."""
+    job, outcome = read(run_dir, attempt), runs.read_outcome(run_dir, attempt)
+    if job is None:
+        raise UserError(f"attempt {attempt} of {run_dir} was not begun by a batch job")
+    code = runs.FAILED if outcome is None else outcome.code
+    print(outcome.reason if outcome else f"attempt {attempt} ended without a word", file=sys.stderr)
+    options = runs.read_launch(run_dir).options
+    may_requeue = options.get("requeue", True) and not (run_dir / "STOP").exists()
+    again = code == runs.FAILED or (code == runs.STOPPED and asked == "USR1")
+    if not (again and may_requeue):
+        return f"exit {code}"
+    reason = why_to_give_up(run_dir, job.job)
+    if reason:
+        print(reason, file=sys.stderr)
+        return f"exit {code}"
+    bad = roll_call.bad_hosts(run_dir, attempt) if options.get("exclude_bad_nodes") else []
+    return " ".join(["requeue", *bad])
+
+
+def why_to_give_up(run_dir: Path, job: int) -> str | None:
+    """Say why a job should not start again: too many of its last attempts brought no checkpoint."""
+    restarts = runs.read_launch(run_dir).options.get("restarts", DEFAULT_RESTARTS)
+    fruitful = _fruitful(run_dir)
+    in_vain = []
+    for attempt in reversed(runs.attempts(run_dir)):
+        ran = read(run_dir, attempt)
+        if ran is None or ran.job != job or attempt in fruitful:
+            break
+        in_vain.append(attempt)
+    if len(in_vain) <= restarts:
+        return None
+    outcome = runs.read_outcome(run_dir, in_vain[0])
+    last = outcome.reason if outcome else "it ended without a word, as when its node dies"
+    return (
+        f"gave up: {len(in_vain)} attempts of job {job} in a row brought no new checkpoint "
+        f"(--restarts: {restarts}). The last one: {last}"
+    )
+
+
+def _fruitful(run_dir: Path) -> set[int]:
+    """Return the attempts that brought a checkpoint, by the events in metrics.jsonl."""
+    path, found = run_dir / "metrics.jsonl", set[int]()
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        if '"event": "checkpoint"' in text:
+            found.add(json.loads(text)["attempt"])
+    return found
+
+
+def main() -> int:
+    """Answer the batch shell."""
+    parser = argparse.ArgumentParser(prog="python -m dist_sft.batch_job", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    beginning = commands.add_parser("begin")
+    beginning.add_argument("run_dir", type=Path)
+    beginning.add_argument("--link", action="store_true")
+    ending = commands.add_parser("end")
+    ending.add_argument("run_dir", type=Path)
+    ending.add_argument("attempt", type=int)
+    ending.add_argument("--asked", default="")
+    options = parser.parse_args()
+    try:
+        if options.command == "end":
+            print(end(options.run_dir, options.attempt, options.asked))
+            return 0
+        attempt = begin(options.run_dir, Job.me(os.environ), link=options.link)
+        if attempt is not None:
+            print(attempt)
+        return 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

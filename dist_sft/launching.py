@@ -1,0 +1,82 @@
+"""What every launcher does before workers start: check the recipe, write the run folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dist_sft import lease, runs
+from dist_sft.config import Recipe, read_recipe
+from dist_sft.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what all launchers understand."""
+    parser.add_argument("job", choices=["train"], help="what to run")
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any setting")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--prepare", action="store_true", help="write the run folder, and stop")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="continue although this setting (dotted, or a section) differs from the run's",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="continue from a checkpoint that other users own or may write",
+    )
+
+
+def read(options: argparse.Namespace) -> Recipe:
+    """Read the recipe, and refuse what its run folder refuses."""
+    recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
+    if options.restarts < 0:
+        raise UserError(f"--restarts: got {options.restarts}; allowed: 0 or more")
+    runs.check(recipe, options.allow_change)
+    return recipe
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Tell whether there is nothing to do, and say so."""
+    if not runs.is_finished(recipe):
+        return False
+    print(
+        f"{recipe.run_dir} is finished already; for another run give another run_dir, "
+        "for more of this one more steps (under a constant schedule)"
+    )
+    return True
+
+
+def refuse(mistakes: list[str]) -> None:
+    """Raise UserError where there are mistakes."""
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def write_run_folder(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    launcher: str,
+    nodes: int,
+    workers_per_node: int,
+    **told: Any,
+) -> lease.Lease | None:
+    """Make or take the run folder when nobody works on it; return the lease left in it.
+
+    `told` is kept in launch.json beside the options of all launchers.
+    """
+    seen = lease.wait_until_free(Path(recipe.run_dir))
+    told |= {
+        "overrides": options.overrides,
+        "allow_change": options.allow_change,
+        "trust_checkpoint": options.trust_checkpoint,
+        "restarts": options.restarts,
+    }
+    launch = runs.Launch(launcher, nodes, workers_per_node, told, runs.code_revision())
+    runs.create(recipe, launch)
+    return seen

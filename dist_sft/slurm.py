@@ -1,0 +1,404 @@
+"""Submit a run to SLURM. `launch/slurm.py` and `python -m dist_sft.slurm` end here. Needs no torch.
+
+A job is `slurm/train.sbatch` with a run folder; what it does in there, `batch_job` and `node` say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_sft import launching, lease, preflight, runs
+from dist_sft.batch_job import DEFAULT_RESTARTS
+from dist_sft.config import read_config_json, read_recipe
+from dist_sft.errors import UserError
+
+LEAD_SECONDS = 300
+JOBS = "jobs.jsonl"
+SWEEP = "sweep.txt"
+STOP_SECONDS = 300.0  # what `cancel` gives a run to save
+FLAGS = frozenset(
+    [
+        "-H",
+        "--hold",
+        "--contiguous",
+        "--exclusive",
+        "--get-user-env",
+        "--ignore-pbs",
+        "-k",
+        "--no-kill",
+        "--nice",
+        "-O",
+        "--overcommit",
+        "-s",
+        "--oversubscribe",
+        "-Q",
+        "--quiet",
+        "--reboot",
+        "--spread-job",
+        "--test-only",
+        "--use-min-nodes",
+        "-v",
+        "--verbose",
+    ]
+)
+"""sbatch's options that take no value, or only one behind `=`; all others take one."""
+NOT_PASSED_ON = {
+    "--ntasks": "--workers-per-node",
+    "-n": "--workers-per-node",
+    "--ntasks-per-node": "--workers-per-node",
+    "--array": "--sweep",
+    "-a": "--sweep",
+    "-N": "--nodes",
+    "--signal": "--lead",
+    "--wrap": "the recipe",
+    "--dependency": "--chain",
+    "-d": "--chain",
+    "--requeue": "--restarts",
+    "--no-requeue": "--no-put-back",
+    "--parsable": None,
+    "--wait": None,
+    "-W": None,
+}
+"""Options of sbatch that the launcher sets itself, and what to give it instead."""
+CPUS = ("--exclusive", "--cpus-per-task", "-c", "--cpus-per-gpu", "--oversubscribe", "-s")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the SLURM launcher."""
+    result = argparse.ArgumentParser(
+        prog="launch/slurm.py",
+        description="Submit a recipe to SLURM. The same command again continues the run. Options "
+        "that are not listed here go to sbatch: --partition a100 --time 12:00:00.",
+        epilog="launch/slurm.py cancel RUN_DIR: save and end its job. launch/slurm.py resume "
+        "RUN_DIR: submit it again as it was.",
+    )
+    launching.add_arguments(result)
+    result.add_argument("--nodes", required=True, metavar="N|MIN-MAX", help="how many nodes")
+    result.add_argument(
+        "--workers-per-node", required=True, type=int, metavar="N", help="one per GPU"
+    )
+    result.add_argument(
+        "--restarts",
+        type=int,
+        default=DEFAULT_RESTARTS,
+        metavar="N",
+        help="put the job back after a crash, at most N times without a new checkpoint "
+        f"(default {DEFAULT_RESTARTS})",
+    )
+    result.add_argument(
+        "--lead",
+        type=int,
+        default=LEAD_SECONDS,
+        metavar="SECONDS",
+        help="how long before the time limit to save and be put back in the queue "
+        f"(default {LEAD_SECONDS})",
+    )
+    result.add_argument("--site", type=Path, metavar="FILE", help="in place of slurm/site.sh")
+    result.add_argument(
+        "--no-put-back",
+        action="store_true",
+        help="never requeue: for sites that forbid it; see --chain",
+    )
+    result.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before"
+    )
+    result.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="a job array with a run folder for each value; several make all combinations",
+    )
+    result.add_argument(
+        "--exclude-bad-nodes",
+        action="store_true",
+        help="do without nodes that the roll call at the start of a job has blamed",
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the recipe, write the run folder, submit the job; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["cancel"]:
+            return cancel(_run_dir(given))
+        if given[:1] == ["resume"]:
+            return resume(_run_dir(given))
+        ours, sbatch = split(given, parser())
+        options = parser().parse_intermixed_args(ours)
+        return launch(options, sbatch)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+
+
+def split(given: Sequence[str], ours: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Part the launcher's arguments from sbatch's options.
+
+    Raises UserError for those of sbatch that the launcher sets itself.
+    """
+    known = {name: action for action in ours._actions for name in action.option_strings}
+    mine, theirs = list[str](), list[str]()
+    rest = iter(given)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name in NOT_PASSED_ON:
+            instead = NOT_PASSED_ON[name]
+            raise UserError(
+                f"{name}: this option of sbatch is set by dist_sft"
+                + (f"; use {instead}" if instead else "")
+            )
+        if not word.startswith("-") or name in known:
+            mine.append(word)
+            if name in known and not equals and known[name].nargs != 0:
+                mine += itertools.islice(rest, 1)
+            continue
+        theirs.append(word)
+        short_with_value = re.fullmatch(r"-\w.+", word) and not word.startswith("--")
+        if not equals and name not in FLAGS and not short_with_value:
+            theirs += itertools.islice(rest, 1)
+    return mine, theirs
+
+
+def launch(options: argparse.Namespace, sbatch: list[str]) -> int:
+    """Submit a recipe, or the recipes of a sweep."""
+    low, high = nodes_of(options.nodes)
+    for name in ("workers_per_node", "lead", "chain"):
+        if getattr(options, name) < 1:
+            key = "--" + name.replace("_", "-")
+            raise UserError(f"{key}: got {getattr(options, name)}; allowed: 1 or more")
+    if options.site and not options.site.is_file():
+        raise UserError(f"--site: {options.site} is no file")
+    if options.sweep and options.chain > 1:
+        raise UserError("--sweep and --chain: give one of them")
+    if not (options.dry_run or options.prepare or shutil.which("sbatch")):
+        raise UserError("sbatch is not on PATH: launch on a login node of the cluster")
+    where, variants = sweep(options)
+    pairs = [(variant, launching.read(variant)) for variant in variants]
+    for _, recipe in pairs:
+        launching.refuse(preflight.missing_paths(recipe))
+    if not options.prepare:
+        pairs = [pair for pair in pairs if not launching.is_finished(pair[1])]
+        if not pairs:
+            return runs.FINISHED
+    told = {
+        "sbatch": [f"--nodes={options.nodes}", f"--signal=B:USR1@{options.lead}", *sbatch],
+        "requeue": not options.no_put_back and options.chain == 1,
+        "exclude_bad_nodes": options.exclude_bad_nodes,
+        "lead": options.lead,
+        "folder": os.getcwd(),
+    }
+    command = command_for(where, told, tasks=len(pairs) if options.sweep else 0)
+    folders = [Path(recipe.run_dir) for _, recipe in pairs]
+    if options.dry_run:
+        for _, recipe in pairs:
+            print(f"# {recipe.run_dir}/config.json\n{recipe.to_json()}", end="")
+        print(f"# {where}/site.sh\n{_site(options).read_text(encoding='utf-8')}", end="")
+        print(f"# command\n{shlex.join(command)}")
+        return runs.FINISHED
+    for (variant, recipe), folder in zip(pairs, folders, strict=True):
+        refuse_a_second_job(folder)
+        launching.write_run_folder(
+            variant, recipe, "slurm", high, options.workers_per_node, min_nodes=low, **told
+        )
+    for folder in {where, *folders}:
+        (folder / "logs").mkdir(exist_ok=True)
+        shutil.copyfile(_site(options), folder / "site.sh")
+    if options.sweep:
+        listed = "".join(f"{folder}\n" for folder in folders)
+        (where / SWEEP).write_text(listed, encoding="utf-8")
+    if options.prepare:
+        print(f"prepared {where}; to submit it:\n{shlex.join(command)}")
+        return runs.FINISHED
+    return submit(where, folders, command, options.chain)
+
+
+def nodes_of(text: str) -> tuple[int, int]:
+    """Return the least and the largest number of nodes; raises UserError."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise UserError(f"--nodes: got {text}; allowed: N, or MIN-MAX with MIN up to MAX")
+    return low, high
+
+
+def sweep(options: argparse.Namespace) -> tuple[Path, list[argparse.Namespace]]:
+    """Return the run folder, or that of the sweep, and the options of every run.
+
+    A sweep's runs are folders in the recipe's run_dir, with names that say what is different.
+    """
+    words = [f"job={options.job}", *options.overrides]
+    where = Path(read_recipe(options.recipe, words).run_dir)
+    if not options.sweep:
+        return where, [options]
+    axes = []
+    for given in options.sweep:
+        key, _, values = given.partition("=")
+        if not key or not values:
+            raise UserError(f"--sweep: got {given}; allowed: KEY=A,B,... as optimizer.lr=1e-5,2e-5")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    variants = []
+    for words_of_one in itertools.product(*axes):
+        extra = [*words_of_one, f"run_dir={where / ','.join(words_of_one)}"]
+        changed = vars(options) | {"overrides": [*options.overrides, *extra]}
+        variants.append(argparse.Namespace(**changed))
+    return where, variants
+
+
+def command_for(where: Path, told: dict[str, Any], tasks: int = 0) -> list[str]:
+    """Return the command that submits a run folder, or a sweep of so many `tasks`."""
+    folder = Path(told["folder"])
+    options: list[str] = told["sbatch"]
+    chosen = {word.partition("=")[0] for word in options}
+    return [
+        "sbatch",
+        "--parsable",
+        f"--job-name={where.name}",
+        "--ntasks-per-node=1",
+        # One worker's share of a node is no default of SLURM's: it would give one core.
+        *(["--exclusive"] if chosen.isdisjoint(CPUS) else []),
+        f"--chdir={folder}",
+        f"--output={folder / where}/logs/slurm-%j.out",
+        "--open-mode=append",
+        "--requeue" if told["requeue"] else "--no-requeue",
+        *([f"--array=0-{tasks - 1}"] if tasks else []),
+        *options,
+        str(files() / "train.sbatch"),
+        str(where),
+    ]
+
+
+def submit(where: Path, folders: list[Path], command: list[str], chain: int = 1) -> int:
+    """Submit the job, or a chain of them, and note its number; say how to follow it."""
+    before = None
+    for link in range(chain):
+        words = list(command)
+        if before is not None:
+            words[1:1] = [f"--dependency=afterany:{before}"]
+            words.append("--link")
+        done = _slurm(words, env=os.environ | {"DIST_SFT_PYTHON": sys.executable})
+        if done.returncode:
+            raise UserError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
+        before = done.stdout.strip().partition(";")[0]
+        note = {"time": time.time(), "job": before, "command": words, "link": link}
+        for folder in dict.fromkeys((where, *folders)):
+            with open(folder / JOBS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(note) + "\n")
+        print(f"job {before}: {where}" + (f", link {link + 1} of {chain}" if chain > 1 else ""))
+    log = command[command.index("--open-mode=append") - 1].partition("=")[2]
+    print(f"its log: {log.replace('%j', str(before))}\nits state: dist-sft status {where}")
+    return runs.FINISHED
+
+
+def jobs_of(folder: Path) -> list[str]:
+    """Return the numbers of the jobs that were submitted for a folder, oldest first."""
+    path = folder / JOBS
+    if not path.exists():
+        return []
+    return [json.loads(text)["job"] for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def states_of(jobs: Sequence[str]) -> dict[str, str]:
+    """Return the states of those jobs that SLURM still has in its queue, by number."""
+    states = {}
+    for job in jobs:
+        done = _slurm(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+        if done.returncode == 0 and done.stdout.strip():  # it is an error for one that is forgotten
+            states[job] = done.stdout.split()[0]
+    return states
+
+
+def refuse_a_second_job(folder: Path) -> None:
+    """Raise UserError where a job is in the queue for this folder."""
+    for job, state in states_of(jobs_of(folder)).items():
+        raise UserError(
+            f"run_dir: job {job} of {folder} is {state}: wait for it, or end it with "
+            f"`launch/slurm.py cancel {folder}`"
+        )
+
+
+def cancel(folder: Path) -> int:
+    """Let the run of a folder save, and end its jobs; raises UserError where there is none."""
+    jobs = states_of(jobs_of(folder))
+    if not jobs:
+        raise UserError(f"{folder} has no job in the queue")
+    waiting = [job for job, state in jobs.items() if state == "PENDING"]
+    if waiting:  # first: they would start when those that run have ended
+        _slurm(["scancel", *waiting])
+    listed = folder / SWEEP
+    targets = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [folder]
+    if len(waiting) < len(jobs):
+        for target in map(Path, targets):
+            (target / "STOP").touch()
+        print(f"jobs that run save and stop: {', '.join(jobs.keys() - set(waiting))}")
+        deadline = time.monotonic() + STOP_SECONDS
+        while states_of(list(jobs)) and time.monotonic() < deadline:
+            time.sleep(2)
+    left = states_of(list(jobs))
+    if left:
+        _slurm(["scancel", *left])
+    print(f"ended: {', '.join(jobs)}; `launch/slurm.py resume {folder}` continues")
+    return runs.FINISHED
+
+
+def resume(folder: Path) -> int:
+    """Submit the job of a run folder again, with the options that it was launched with."""
+    listed = folder / SWEEP
+    if listed.exists():
+        raise UserError(f"{folder} is a sweep; give the same command again, or resume single runs")
+    launch = runs.read_launch(folder)
+    if launch.launcher != "slurm":
+        raise UserError(f"{folder} was launched by {launch.launcher}, not by launch/slurm.py")
+    if runs.is_finished(read_config_json(folder)):
+        print(f"{folder} is finished already")
+        return runs.FINISHED
+    refuse_a_second_job(folder)
+    lease.wait_until_free(folder)
+    return submit(folder, [folder], command_for(folder, launch.options))
+
+
+def files() -> Path:
+    """Return the folder of the batch scripts."""
+    here = Path(__file__).parent
+    # The wheel carries the folder inside the package; a checkout has it at its top.
+    return next(p for p in (here / "slurm_files", here.parent / "slurm") if p.is_dir())
+
+
+def _site(options: argparse.Namespace) -> Path:
+    return options.site or files() / "site.sh"
+
+
+def _run_dir(given: list[str]) -> Path:
+    if len(given) != 2:
+        raise UserError(f"launch/slurm.py {given[0]} RUN_DIR: got {shlex.join(given[1:]) or '-'}")
+    if not Path(given[1]).is_dir():
+        raise UserError(f"RUN_DIR: {given[1]} is no folder")
+    return Path(given[1])
+
+
+def _slurm(
+    words: list[str], env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(words, text=True, capture_output=True, env=env, timeout=120)
+    except FileNotFoundError:
+        raise UserError(f"{words[0]} is not on PATH: run this on a login node") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]} has not answered for 120 s") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
