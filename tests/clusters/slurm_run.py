@@ -1,0 +1,104 @@
+"""A small run on the test cluster: submitted, disturbed, watched, compared."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tiny_recipe
+from launching import ROOT, read
+from slurm_cluster import Cluster
+
+from dist_sft import manifest, report, runs, verify_resume
+
+STEPS = 1200  # a dozen milliseconds each: long enough to be disturbed
+EVERY = 100
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+class Submitted(NamedTuple):
+    """A job of a run folder."""
+
+    cluster: Cluster
+    run_dir: Path
+    job: int
+
+    @property
+    def log(self) -> str:
+        """What the batch shell said, of all its starts."""
+        return read(self.run_dir / f"logs/slurm-{self.job}.out")
+
+    def steps(self) -> list[int]:
+        path = self.run_dir / "metrics.jsonl"
+        return [line["step"] for line in report.read_steps(path)] if path.exists() else []
+
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+        self.wait_until(lambda: (self.steps() or [0])[-1] >= step, f"step {step}", seconds)
+
+    def wait_until(self, happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}\n{self.explain()}"
+            time.sleep(0.05)
+
+    def finish(self, seconds: float = 90) -> None:
+        """Wait until the job has ended well."""
+        try:
+            self.cluster.wait_for(self.job, "COMPLETED", seconds=seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.explain()}") from None
+
+    def explain(self) -> str:
+        logs = sorted((self.run_dir / "logs").glob("attempt-*/*"))
+        ends = [f"--- {path}\n{read(path)[-1500:]}" for path in logs if path.is_file()]
+        return "\n".join([f"--- the job's log\n{self.log}", *ends])
+
+
+def make(folder: Path, name: str, steps: int = STEPS, **sections: Any) -> Path:
+    """Write a recipe; runs of the same folder share their data."""
+    settings = {
+        "train": {"steps": steps},
+        "eval": {"every": None},
+        "checkpoint": {"every": EVERY, "keep": 3},
+    }
+    recipe = tiny_recipe.make_recipe(folder)
+    return tiny_recipe.write(recipe, folder / name, **{**settings, **sections})
+
+
+def launch(
+    cluster: Cluster, *arguments: str | Path, user: str | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run `launch/slurm.py` on the login node."""
+    command = (sys.executable, ROOT / "launch/slurm.py", *arguments)
+    return cluster.run(*command, env=ENVIRONMENT, user=user, check=check)
+
+
+def submit(cluster: Cluster, recipe: Path, *options: str, nodes: str = "2") -> Submitted:
+    """Submit a recipe with one worker on each of its nodes."""
+    done = launch(cluster, "train", recipe, "--nodes", nodes, "--workers-per-node", "1", *options)
+    return Submitted(cluster, recipe.with_suffix(""), int(done.stdout.split(":")[0].split()[1]))
+
+
+def run_here(recipe: Path, workers: int = 2) -> Path:
+    """Run a recipe by `launch/local.py`, undisturbed."""
+    command = [sys.executable, "launch/local.py", "train", str(recipe), "--workers", str(workers)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, capture_output=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return recipe.with_suffix("")
+
+
+def check_like(whole: Path, run: Submitted, attempts: int) -> None:
+    """The run has every step once, is bit-identical to an undisturbed one, and says how it went."""
+    verdict = verify_resume.compare(whole, run.run_dir, STEPS)
+    assert verdict.equal, verdict.told
+    assert run.steps() == list(range(1, STEPS + 1))
+    assert runs.attempts(run.run_dir) == list(range(attempts))
+    assert runs.read_outcome(run.run_dir, attempts - 1) == runs.Outcome(0, "finished", STEPS)
+    folders = sorted(path.name for path in (run.run_dir / "checkpoints").iterdir())
+    assert folders == [path.name for path in manifest.folders(run.run_dir).values()]
+    assert run.log.count("starting workers: 2") == attempts, "the log of every start is there"
