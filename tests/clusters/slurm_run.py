@@ -1,6 +1,7 @@
 """A small run on the test cluster: submitted, disturbed, watched, compared."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,8 +15,7 @@ from slurm_cluster import Cluster
 
 from dist_sft import manifest, report, runs, verify_resume
 
-STEPS = 1200  # a dozen milliseconds each: long enough to be disturbed
-EVERY = 100
+STEPS, EVERY = 600, 50  # a dozen milliseconds each: long enough to be disturbed
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -44,10 +44,10 @@ class Submitted(NamedTuple):
             assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}\n{self.explain()}"
             time.sleep(0.05)
 
-    def finish(self, seconds: float = 90) -> None:
-        """Wait until the job has ended well."""
+    def finish(self, state: str = "COMPLETED", seconds: float = 120) -> None:
+        """Wait until the job has ended, well unless told otherwise."""
         try:
-            self.cluster.wait_for(self.job, "COMPLETED", seconds=seconds)
+            self.cluster.wait_for(self.job, state, seconds=seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.explain()}") from None
 
@@ -76,10 +76,30 @@ def launch(
     return cluster.run(*command, env=ENVIRONMENT, user=user, check=check)
 
 
-def submit(cluster: Cluster, recipe: Path, *options: str, nodes: str = "2") -> Submitted:
-    """Submit a recipe with one worker on each of its nodes."""
-    done = launch(cluster, "train", recipe, "--nodes", nodes, "--workers-per-node", "1", *options)
-    return Submitted(cluster, recipe.with_suffix(""), int(done.stdout.split(":")[0].split()[1]))
+def submit(
+    cluster: Cluster, recipe: Path, *options: str, nodes: str = "2", workers: int = 1
+) -> Submitted:
+    """Submit a recipe with so many workers on each of its nodes."""
+    size = ("--nodes", nodes, f"--workers-per-node={workers}")
+    return told(cluster, recipe, launch(cluster, "train", recipe, *size, *options).stdout)
+
+
+def told(cluster: Cluster, recipe: Path, text: str) -> Submitted:
+    """Read the number of the job, the last one of a chain, from what a launcher printed."""
+    return Submitted(
+        cluster, recipe.with_suffix(""), int(re.findall(r"^job (\d+): ", text, re.MULTILINE)[-1])
+    )
+
+
+def by_hand(cluster: Cluster, run_dir: Path, *options: str) -> Submitted:
+    """Submit a prepared run folder by sbatch alone."""
+    environment = ENVIRONMENT | {"DIST_SFT_PYTHON": sys.executable}
+    output = f"--output={run_dir}/logs/slurm-%j.out"
+    script = ROOT / "slurm/train.sbatch"
+    job = cluster.submit(
+        "--nodes=2", "--exclusive", output, *options, script, run_dir, env=environment
+    )
+    return Submitted(cluster, run_dir, job)
 
 
 def run_here(recipe: Path, workers: int = 2) -> Path:
@@ -92,13 +112,16 @@ def run_here(recipe: Path, workers: int = 2) -> Path:
     return recipe.with_suffix("")
 
 
-def check_like(whole: Path, run: Submitted, attempts: int) -> None:
+def check_like(whole: Path, run: Submitted, attempts: int, steps: int = STEPS) -> None:
     """The run has every step once, is bit-identical to an undisturbed one, and says how it went."""
-    verdict = verify_resume.compare(whole, run.run_dir, STEPS)
+    verdict = verify_resume.compare(whole, run.run_dir, steps)
     assert verdict.equal, verdict.told
-    assert run.steps() == list(range(1, STEPS + 1))
+    check_whole(run, attempts, steps)
+
+
+def check_whole(run: Submitted, attempts: int, steps: int = STEPS) -> None:
+    assert run.steps() == list(range(1, steps + 1))
     assert runs.attempts(run.run_dir) == list(range(attempts))
-    assert runs.read_outcome(run.run_dir, attempts - 1) == runs.Outcome(0, "finished", STEPS)
+    assert runs.read_outcome(run.run_dir, attempts - 1) == runs.Outcome(0, "finished", steps)
     folders = sorted(path.name for path in (run.run_dir / "checkpoints").iterdir())
     assert folders == [path.name for path in manifest.folders(run.run_dir).values()]
-    assert run.log.count("starting workers: 2") == attempts, "the log of every start is there"
