@@ -43,6 +43,16 @@ def read_steps(metrics: Path) -> list[Line]:
     ]
 
 
+def total_steps(metrics: Path) -> int | None:
+    """Return where the run would end, as its newest attempt said; None before any has."""
+    total = None
+    for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        if '"event": "begun"' in text:
+            with contextlib.suppress(json.JSONDecodeError):
+                total = json.loads(text)["total"]
+    return total
+
+
 def draw_loss(steps: Sequence[Line], picture: Path) -> None:
     """Draw the loss of training and evaluation over the steps."""
     from matplotlib.figure import Figure

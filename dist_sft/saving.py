@@ -50,6 +50,8 @@ class Saver:
         self._began = time.monotonic()  # of the last one
         self._blocked = 0.0
         self._succeeded = True
+        self.seconds = 0.0
+        """What the last checkpoint took, from its begin until it had its name."""
         self._pruning = threading.Thread(target=self._prune)
 
     @property
@@ -106,11 +108,12 @@ class Saver:
             return False
         self.close()
         now = time.monotonic()
+        self.seconds = now - self._began
         if not saving.is_there:
             self._note(
                 saving.step,
                 "checkpoint",
-                seconds=now - self._began,
+                seconds=self.seconds,
                 blocked_seconds=self._blocked + now - began,
             )
         if dist.get_rank() == 0:

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_sft import launching, lease, preflight, runs
+from dist_sft import launching, lease, preflight, runs, slurm_queue
 from dist_sft.batch_job import DEFAULT_RESTARTS
 from dist_sft.config import read_config_json, read_recipe
 from dist_sft.errors import UserError
+from dist_sft.slurm_queue import jobs_of, states_of
 
 LEAD_SECONDS = 300
-JOBS = "jobs.jsonl"
 SWEEP = "sweep.txt"
 STOP_SECONDS = 300.0  # what `cancel` gives a run to save
 FLAGS = frozenset(
@@ -289,36 +287,16 @@ def submit(where: Path, folders: list[Path], command: list[str], chain: int = 1)
         if before is not None:
             words[1:1] = [f"--dependency=afterany:{before}"]
             words.append("--link")
-        done = _slurm(words, env=os.environ | {"DIST_SFT_PYTHON": sys.executable})
+        done = slurm_queue.call(words, env=os.environ | {"DIST_SFT_PYTHON": sys.executable})
         if done.returncode:
             raise UserError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
         before = done.stdout.strip().partition(";")[0]
-        note = {"time": time.time(), "job": before, "command": words, "link": link}
         for folder in dict.fromkeys((where, *folders)):
-            with open(folder / JOBS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(note) + "\n")
+            slurm_queue.note(folder, time=time.time(), job=before, command=words)
         print(f"job {before}: {where}" + (f", link {link + 1} of {chain}" if chain > 1 else ""))
     log = command[command.index("--open-mode=append") - 1].partition("=")[2]
     print(f"its log: {log.replace('%j', str(before))}\nits state: dist-sft status {where}")
     return runs.FINISHED
-
-
-def jobs_of(folder: Path) -> list[str]:
-    """Return the numbers of the jobs that were submitted for a folder, oldest first."""
-    path = folder / JOBS
-    if not path.exists():
-        return []
-    return [json.loads(text)["job"] for text in path.read_text(encoding="utf-8").splitlines()]
-
-
-def states_of(jobs: Sequence[str]) -> dict[str, str]:
-    """Return the states of those jobs that SLURM still has in its queue, by number."""
-    states = {}
-    for job in jobs:
-        done = _slurm(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
-        if done.returncode == 0 and done.stdout.strip():  # it is an error for one that is forgotten
-            states[job] = done.stdout.split()[0]
-    return states
 
 
 def refuse_a_second_job(folder: Path) -> None:
@@ -335,9 +313,9 @@ def cancel(folder: Path) -> int:
     jobs = states_of(jobs_of(folder))
     if not jobs:
         raise UserError(f"{folder} has no job in the queue")
-    waiting = [job for job, state in jobs.items() if state == "PENDING"]
+    waiting = [job for job, state in jobs.items() if state.startswith("PENDING")]
     if waiting:  # first: they would start when those that run have ended
-        _slurm(["scancel", *waiting])
+        slurm_queue.call(["scancel", *waiting])
     listed = folder / SWEEP
     targets = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [folder]
     if len(waiting) < len(jobs):
@@ -349,7 +327,7 @@ def cancel(folder: Path) -> int:
             time.sleep(2)
     left = states_of(list(jobs))
     if left:
-        _slurm(["scancel", *left])
+        slurm_queue.call(["scancel", *left])
     print(f"ended: {', '.join(jobs)}; `launch/slurm.py resume {folder}` continues")
     return runs.FINISHED
 
@@ -387,17 +365,6 @@ def _run_dir(given: list[str]) -> Path:
     if not Path(given[1]).is_dir():
         raise UserError(f"RUN_DIR: {given[1]} is no folder")
     return Path(given[1])
-
-
-def _slurm(
-    words: list[str], env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(words, text=True, capture_output=True, env=env, timeout=120)
-    except FileNotFoundError:
-        raise UserError(f"{words[0]} is not on PATH: run this on a login node") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]} has not answered for 120 s") from None
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 
-from dist_sft import lease, manifest, report, runs
+from dist_sft import lease, manifest, report, runs, slurm_queue
 
 
 def status(run_dir: Path) -> list[str]:
@@ -18,6 +19,7 @@ def status(run_dir: Path) -> list[str]:
         f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "
         f"{launch.workers_per_node}",
         f"owner: {_owner(run_dir, held)}",
+        *(f"job {job}: {slurm_queue.describe(job)}" for job in slurm_queue.jobs_of(run_dir)[-1:]),
         *_attempts(run_dir, held),
         _progress(run_dir),
         _checkpoints(run_dir),
@@ -56,10 +58,16 @@ def _progress(run_dir: Path) -> str:
     if not steps:
         return "no step yet"
     last, age = steps[-1], time.time() - metrics.stat().st_mtime
+    total = report.total_steps(metrics)
+    seconds = median(line["seconds"] for line in steps[-20:])
+    of, left = "", ""
+    if total is not None:
+        of = f" of {total}"
+        left = f"; left: {timedelta(seconds=round(seconds * (total - last['step'])))}"
     return (
-        f"step {last['step']}: loss {last['loss']:.4f}, "
+        f"step {last['step']}{of}: loss {last['loss']:.4f}, "
         f"{last['tokens'] / last['seconds']:,.0f} tokens/s; written "
-        f"{timedelta(seconds=max(0, round(age)))} ago"
+        f"{timedelta(seconds=max(0, round(age)))} ago{left}"
     )
 
 

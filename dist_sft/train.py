@@ -104,6 +104,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             "model": hub.identity(folder),
         }
         world.agree(world.facts_of_this_rank(hashes, place.device))
+        if place.world > 1:
+            gigabytes = world.all_reduce_rate(place.device) / 1e9
+            console.say(f"all-reduce over {place.world} workers: {gigabytes:.2f} GB/s")
         # Before this line a signal ends a rank at once: there is nothing to save yet.
         stop = StopFlag(run_dir / "STOP" if place.rank == 0 else None)
         stop.listen()
@@ -230,6 +233,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             f"workers: {place.world}; token efficiency {outlook.token_efficiency:.0%}, "
             f"balance {outlook.balance:.0%}"
         )
+        if metrics:
+            metrics.write(step=done, event="begun", total=total, workers=place.world)
         console.start(total, done)
         clock = Clock(place.device, heart.beat)
         guard = Guard(recipe.train.on_divergence, recipe.train.max_skipped_steps, streaks)
@@ -242,6 +247,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 return stopped(done)
             tell(owed | {"eval_loss": evaluated})
         evaluated = {}
+        lead = launch.options.get("lead")
         due = False  # to save: where the step was not taken, after the next one that is
         for step in range(done + 1, total + 1):
             if restorer.passed(step):
@@ -309,6 +315,12 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             tell(line | ({"eval_loss": evaluated} if evaluated else {}))
             if evaluated is None:
                 return stopped(step)
+            if lead is not None and seconds + saver.seconds > lead:
+                console.say(
+                    f"a step and a save take {seconds + saver.seconds:.0f} s, longer than the "
+                    f"{lead} s between SLURM's warning and its time limit: raise --lead"
+                )
+                lead = None  # once is enough
             due = due or agreed.saving or is_due(step, recipe.checkpoint.every)
             if due and step < total and verdict == "taken":
                 saver.save(step, streaks=guard.streaks, eval_loss=evaluated or None)

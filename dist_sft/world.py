@@ -6,10 +6,12 @@ import os
 import pickle
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from statistics import median
 from typing import Any, TypeVar, cast
 
 import torch
@@ -77,6 +79,19 @@ def agree(facts: dict[str, Any]) -> None:
     problems = disagreements(everyone)
     if problems:
         raise UserError("\n  ".join(["the ranks do not agree:", *problems]))
+
+
+def all_reduce_rate(device: torch.device, megabytes: int = 16, times: int = 3) -> float:
+    """Measure the bytes per second at which gradients are summed; the median of a few times."""
+    numbers = torch.ones(megabytes * 2**18, device=device)
+    rates = []
+    for _ in range(times):
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append(numbers.nbytes / (time.perf_counter() - began))
+    return median(rates)
 
 
 def gather(items: list[T]) -> list[T]:

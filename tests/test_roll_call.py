@@ -1,0 +1,154 @@
+"""Nodes that cannot work together are named before anything is loaded."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import free_port
+
+from dist_sft import preflight, roll_call, runs
+from dist_sft.config import Recipe
+from dist_sft.roll_call import Node, NotTogether, compare
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll_call, "SECONDS", 2.0)
+    monkeypatch.setattr(roll_call, "CONNECT_SECONDS", 1.0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "model": {"path": str(tmp_path / "model")},
+            "data": {"train": [{"path": "rows.json"}]},
+        }
+    )
+
+
+def node(rank: int, **facts: str) -> Node:
+    return Node(rank, f"n{rank}", {"torch": "2.13", "GPUs": "8", **facts})
+
+
+def test_nodes_that_agree_have_no_problem() -> None:
+    assert compare([node(0), node(1)]) == ([], [])
+
+
+def test_the_odd_one_out_is_named_and_blamed() -> None:
+    problems, bad = compare([node(0), node(1, GPUs="7"), node(2)])
+    assert problems == ["GPUs: n1 has 7; the other 2 have 8"]
+    assert bad == ["n1"]
+
+
+def test_of_two_that_differ_nobody_is_blamed() -> None:
+    problems, bad = compare([node(0), node(1, torch="2.12")])
+    assert problems == ["torch: n1 has 2.12; the other 1 have 2.13"]
+    assert bad == []
+
+
+def test_a_nodes_own_problem_is_its_own() -> None:
+    broken = replace(node(2), problems=["cannot reach n0:24711, where workers meet: timed out"])
+    problems, bad = compare([node(0), node(1), broken])
+    assert problems == ["n2: cannot reach n0:24711, where workers meet: timed out"]
+    assert bad == ["n2"]
+
+
+Take = Callable[..., list[str | None]]
+
+
+@pytest.fixture
+def take(tmp_path: Path, recipe: Recipe) -> Take:
+    """Take a roll call with a thread for every node; return what each was told, or None."""
+
+    def taken(ranks: list[int], nodes: int, **changes: Any) -> list[str | None]:
+        runs.attempt_dir(tmp_path, 0).mkdir(parents=True)
+        told: dict[int, str | None] = dict.fromkeys(ranks)
+        facts = {"workers": 2, "gpus": 0, "threads": 1}
+        port = changes.pop("port", free_port())
+
+        def one(rank: int) -> None:
+            mine = facts | (changes if rank == ranks[-1] else {})
+            try:
+                roll_call.take(tmp_path, 0, recipe, rank, nodes, ("127.0.0.1", port), **mine)
+            except NotTogether as problem:
+                told[rank] = str(problem)
+
+        threads = [threading.Thread(target=one, args=[rank]) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [told[rank] for rank in ranks]
+
+    return taken
+
+
+def test_everybody_is_there(take: Take, tmp_path: Path) -> None:
+    assert take([0, 1, 2], 3) == [None, None, None]
+    verdict = json.loads((tmp_path / "logs/attempt-0/roll_call.json").read_text())
+    assert verdict["problems"] == verdict["bad"] == []
+    assert [node["rank"] for node in verdict["nodes"]] == [0, 1, 2]
+
+
+def test_all_nodes_hear_what_is_wrong_with_one(take: Take, tmp_path: Path) -> None:
+    told = take([0, 1, 2], 3, threads=4)
+    expected = f"threads per worker: {socket.gethostname()} has 4; the other 2 have 1"
+    assert told == [f"the nodes cannot work together:\n  {expected}"] * 3
+    assert roll_call.bad_hosts(tmp_path, 0) == [socket.gethostname()]
+
+
+def test_a_node_that_does_not_appear_is_named(
+    take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_SFT_HOSTS", "n1 n2 n3 ")
+    told = take([0, 1], 3)
+    assert told[0] == told[1]
+    assert told[0] is not None
+    assert "node 2 (n3) did not appear in 2 s: is it down, or does it not see" in told[0]
+    assert roll_call.bad_hosts(tmp_path, 0) == ["n3"]
+
+
+def test_a_first_node_that_is_not_there_is_no_riddle(take: Take) -> None:
+    (told,) = take([1], 2)
+    assert told is not None
+    assert told.startswith("node 0 said nothing for 2 s: is it down, or is ")
+
+
+def test_too_many_workers_for_the_gpus_of_a_node(take: Take) -> None:
+    told = take([0, 1], 2, gpus=1)
+    assert told[0] is not None
+    assert "--workers-per-node: got 2, but there is 1 GPU here" in told[0]
+
+
+def test_a_checkpoint_that_does_not_fit_is_foreseen(
+    take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "pt"},
+            "a": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]},
+            "b": {"dtype": "BF16", "shape": [7], "data_offsets": [30, 44]},
+        }
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(44)
+    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(roll_call, "checkpoint_bytes", lambda recipe: 10**18)
+    told = take([0, 1], 2)
+    assert told[0] is not None
+    assert "and one checkpoint needs 1000000000.0 GB" in told[0]
+    recipe = Recipe.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "model": {"path": str(tmp_path / "model")},
+            "data": {"train": [{"path": "rows.json"}]},
+        }
+    )
+    assert preflight.checkpoint_bytes(recipe) == 12 * 22

@@ -1,0 +1,262 @@
+"""What the SLURM launcher makes of its arguments, and what a batch script is told."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_sft import batch_job, lease, runs, slurm
+from dist_sft.batch_job import Job
+from dist_sft.config import read_recipe
+from dist_sft.errors import UserError
+from dist_sft.runs import Outcome
+
+GOLDEN = Path(__file__).parent / "golden" / "slurm_dry_run.txt"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with a recipe and its rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe()))
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    return tmp_path
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    return {
+        "run_dir": "runs/my run",
+        "model": {"config": {"model_type": "llama"}, "tokenizer": "hub/name"},
+        "data": {"train": [{"path": "rows.json"}]},
+        **sections,
+    }
+
+
+SIZE = ["--nodes=2", "--workers-per-node=8"]
+
+
+@pytest.mark.parametrize(
+    ("given", "ours", "sbatch"),
+    [
+        ("train r.yaml --nodes 2 --partition a100", "train r.yaml --nodes 2", "--partition a100"),
+        ("--time=1:00 train r.yaml seed=3", "train r.yaml seed=3", "--time=1:00"),
+        ("train --exclusive r.yaml --nodes=1-2", "train r.yaml --nodes=1-2", "--exclusive"),
+        ("train r.yaml -A me -pgpu seed=1", "train r.yaml seed=1", "-A me -pgpu"),
+        ("train r.yaml --export ALL,A=1 --dry-run", "train r.yaml --dry-run", "--export ALL,A=1"),
+    ],
+)
+def test_what_is_not_ours_goes_to_sbatch(given: str, ours: str, sbatch: str) -> None:
+    assert slurm.split(given.split(), slurm.parser()) == (ours.split(), sbatch.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("--ntasks-per-node=8", "--workers-per-node"),
+        ("-n", "--workers-per-node"),
+        ("--signal=B:TERM@10", "--lead"),
+        ("--array=0-3", "--sweep"),
+        ("--no-requeue", "--no-put-back"),
+    ],
+)
+def test_what_would_break_a_run_is_refused(
+    option: str, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert slurm.main(["train", "recipe.yaml", *SIZE, option]) == runs.WRONG_INPUT
+    name = option.partition("=")[0]
+    assert capsys.readouterr().err == (
+        f"{name}: this option of sbatch is set by dist_sft; use {instead}\n"
+    )
+
+
+def test_a_dry_run_prints_what_would_be_used(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--partition", "a100", "--time=12:00:00", "--lead=600", "--dry-run"]
+    assert slurm.main(["train", "recipe.yaml", "seed=7", *SIZE, *options]) == 0
+    printed = capsys.readouterr().out.replace(str(here), "HERE")
+    printed = printed.replace(str(slurm.files()), "SLURM")
+    config = read_recipe("recipe.yaml", ["job=train", "seed=7"]).to_json()
+    for text in (config, (slurm.files() / "site.sh").read_text()):
+        assert text in printed
+        printed = printed.replace(text, "...\n")
+    assert printed == GOLDEN.read_text()
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--nodes=0"], "--nodes: got 0; allowed: N, or MIN-MAX with MIN up to MAX"),
+        (["--nodes=4-2"], "--nodes: got 4-2; allowed: N, or MIN-MAX"),
+        (["--workers-per-node=0"], "--workers-per-node: got 0; allowed: 1 or more"),
+        (["--site=nowhere.sh"], "--site: nowhere.sh is no file"),
+        (["--sweep=optimizer.lr"], "--sweep: got optimizer.lr; allowed: KEY=A,B,..."),
+        (["--sweep=seed=1,2", "--chain=2"], "--sweep and --chain: give one of them"),
+        (["--restarts=-1"], "--restarts: got -1; allowed: 0 or more"),
+        (["train.stepz=3"], "train.stepz"),
+        (["data.train.0.path=missing.json"], "missing.json: no such file or folder"),
+    ],
+)
+def test_mistakes_are_found_on_the_login_node(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    assert slurm.main(["train", "recipe.yaml", *SIZE, *arguments]) == runs.WRONG_INPUT
+    assert told in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_no_sbatch_no_run_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    assert slurm.main(["train", "recipe.yaml", *SIZE]) == runs.WRONG_INPUT
+    assert "sbatch is not on PATH: launch on a login node" in capsys.readouterr().err
+    assert not (here / "runs").exists()
+    assert slurm.main(["train", "recipe.yaml", *SIZE, "--prepare"]) == 0
+
+
+def test_a_sweep_has_a_folder_for_every_combination(here: Path) -> None:
+    axes = ["--sweep=optimizer.lr=1e-5,2e-5", "--sweep=seed=1,2", "--prepare"]
+    assert slurm.main(["train", "recipe.yaml", *SIZE, *axes]) == 0
+    where = here / "runs/my run"
+    listed = (where / "sweep.txt").read_text().splitlines()
+    assert listed == [
+        f"runs/my run/optimizer.lr={lr},seed={seed}" for lr in ("1e-5", "2e-5") for seed in (1, 2)
+    ]
+    for folder in listed:
+        config = json.loads((here / folder / "config.json").read_text())
+        assert f"{folder}".endswith(f"seed={config['seed']}")
+        assert (here / folder / "site.sh").exists()
+
+
+# ---- what a batch script asks ----------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(here: Path) -> Path:
+    """Prepare a run folder."""
+    options = ["--restarts=1", "--exclude-bad-nodes", "--prepare"]
+    assert slurm.main(["train", "recipe.yaml", *SIZE, *options]) == 0
+    return here / "runs/my run"
+
+
+def job(restart: int = 0, number: int = 7, hosts: str = "n1 n2") -> Job:
+    environment = {"SLURM_JOB_ID": str(number), "DIST_SFT_HOSTS": hosts}
+    if restart:
+        environment["SLURM_RESTART_COUNT"] = str(restart)
+    return Job.me(environment)
+
+
+def ended(run_dir: Path, attempt: int, code: int, reason: str = "so it was") -> None:
+    runs.write_outcome(run_dir, attempt, Outcome(code, reason, 3))
+    (run_dir / lease.NAME).unlink(missing_ok=True)
+
+
+def saved(run_dir: Path, attempt: int) -> None:
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"attempt": attempt, "step": 3, "event": "checkpoint"}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "decision"),
+    [
+        (runs.FINISHED, "", "exit 0"),
+        (runs.FINISHED, "USR1", "exit 0"),
+        (runs.STOPPED, "USR1", "requeue"),
+        (runs.STOPPED, "TERM", "exit 75"),
+        (runs.STOPPED, "", "exit 75"),
+        (runs.FAILED, "", "requeue"),
+        (runs.WRONG_INPUT, "", "exit 2"),
+    ],
+)
+def test_what_becomes_of_a_job(run_dir: Path, code: int, asked: str, decision: str) -> None:
+    assert batch_job.begin(run_dir, job()) == 0
+    ended(run_dir, 0, code)
+    assert batch_job.end(run_dir, 0, asked) == decision
+
+
+def test_an_attempt_that_said_nothing_is_repeated(run_dir: Path) -> None:
+    assert batch_job.begin(run_dir, job()) == 0
+    assert batch_job.end(run_dir, 0, "") == "requeue"
+
+
+def test_a_stop_is_never_put_back(run_dir: Path) -> None:
+    assert batch_job.begin(run_dir, job()) == 0
+    (run_dir / "STOP").touch()
+    ended(run_dir, 0, runs.STOPPED)
+    assert batch_job.end(run_dir, 0, "USR1") == "exit 75"
+    for again in ({"job": job(restart=1)}, {"job": job(), "link": True}):
+        with pytest.raises(UserError, match="STOP asks this run to stop"):
+            batch_job.begin(run_dir, **again)
+    assert batch_job.begin(run_dir, job(number=8)) == 1, "a person submitted it again"
+    assert not (run_dir / "STOP").exists()
+
+
+def test_too_many_attempts_in_vain(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert batch_job.begin(run_dir, job()) == 0
+    ended(run_dir, 0, runs.FAILED)
+    assert batch_job.end(run_dir, 0, "") == "requeue"
+    assert batch_job.begin(run_dir, job(restart=1)) == 1
+    saved(run_dir, 1)
+    ended(run_dir, 1, runs.FAILED)
+    assert batch_job.end(run_dir, 1, "") == "requeue"
+    for attempt in (2, 3):
+        assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
+        ended(run_dir, attempt, runs.FAILED, "the loss is nan")
+        decision = batch_job.end(run_dir, attempt, "")
+    assert decision == "exit 1"
+    told = (
+        "gave up: 2 attempts of job 7 in a row brought no new checkpoint (--restarts: 1). "
+        "The last one: the loss is nan"
+    )
+    assert told in capsys.readouterr().err
+    with pytest.raises(UserError, match="gave up: 2 attempts of job 7"):
+        batch_job.begin(run_dir, job(restart=4))  # as when its node died
+    assert batch_job.begin(run_dir, job(number=8)) == 4, "a person submitted it again"
+
+
+def test_the_nodes_that_there_are_count(run_dir: Path) -> None:
+    assert batch_job.begin(run_dir, job(hosts="n3")) == 0
+    assert runs.read_launch(run_dir).nodes == 1
+    assert batch_job.read(run_dir, 0) == Job(7, 0, ["n3"])
+    (line,) = (run_dir / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line)["nodes"] == "2 -> 1"
+
+
+def test_bad_nodes_are_kept_out(run_dir: Path) -> None:
+    assert batch_job.begin(run_dir, job()) == 0
+    verdict = {"nodes": [], "problems": ["n2: so and so"], "bad": ["n2"]}
+    (runs.attempt_dir(run_dir, 0) / "roll_call.json").write_text(json.dumps(verdict))
+    ended(run_dir, 0, runs.FAILED)
+    assert batch_job.end(run_dir, 0, "") == "requeue n2"
+    launch = runs.read_launch(run_dir)
+    launch.options["exclude_bad_nodes"] = False
+    runs.write_launch(run_dir, launch)
+    assert batch_job.end(run_dir, 0, "") == "requeue"
+
+
+def test_a_finished_run_is_not_begun(run_dir: Path) -> None:
+    assert batch_job.begin(run_dir, job()) == 0
+    ended(run_dir, 0, runs.FINISHED)
+    assert batch_job.begin(run_dir, job(restart=1)) is None
+    assert runs.attempts(run_dir) == [0]
+
+
+def test_a_run_in_use_is_not_begun(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.05)
+    with lease.hold(run_dir, 0), pytest.raises(UserError, match="is in use by"):
+        batch_job.begin(run_dir, job())
+
+
+def test_a_launch_is_what_a_resume_repeats(run_dir: Path) -> None:
+    told = asdict(runs.read_launch(run_dir))
+    assert told["launcher"] == "slurm"
+    assert (told["nodes"], told["workers_per_node"]) == (2, 8)
+    command = slurm.command_for(run_dir, told["options"])
+    assert "--signal=B:USR1@300" in command
+    assert command[-1] == str(run_dir)
