@@ -6,6 +6,7 @@ Nothing here imports torch: `batches` turns samples into tensors.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from dist_sft.chat import Encoder
 from dist_sft.config import Data, Source
+from dist_sft.digests import sha256
 from dist_sft.encoding import build_or_open
+from dist_sft.once import make_once
 from dist_sft.plan import Plan
 from dist_sft.sources import open_source
 from dist_sft.store import Dataset, Store, StoreMeta, split_fraction
@@ -38,6 +41,25 @@ def cache_folder(data: Data) -> Path:
         return Path(data.cache_dir)
     default = Path.home() / ".cache" / "dist_sft"
     return Path(os.environ.get("DIST_SFT_CACHE", default))
+
+
+def on_this_node(path: Path, name: str, say: Say) -> Path:
+    """Copy a store to the node's own disk, where DIST_SFT_SCRATCH names a folder on it.
+
+    Every byte of the copy is compared with what was written; one that is there already is used.
+    """
+    scratch = os.environ.get("DIST_SFT_SCRATCH")
+    if not scratch:
+        return path
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(path, folder, dirs_exist_ok=True)
+
+    def load() -> Path:
+        return Store.open(near, name=name, digest=sha256).path
+
+    near = Path(scratch) / path.name
+    return make_once(near, make=copy, load=load, what=f"the copy of {name} in {scratch}", say=say)
 
 
 def make_encoder(data: Data, words: Words) -> Encoder:
@@ -71,7 +93,7 @@ def prepare(
                 say=say,
             )
             say(f"{kind} {describe(store.meta, source.label)}")
-            built.append((source.label, str(store.path)))
+            built.append((source.label, str(on_this_node(store.path, source.label, say))))
         return built
 
     with _tokenizer_threads():

@@ -94,3 +94,25 @@ def test_an_evaluation_set_never_stands_for_the_training_set() -> None:
     evals = {"train": held_out}
     assert data.fingerprint(train, evals) != data.fingerprint(other, evals)
     assert data.fingerprint(train, evals) != data.fingerprint(train, {"train": other})
+
+
+def test_a_nodes_own_disk_gets_a_verified_copy(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, said = tmp_path / "scratch", list[str]()
+    words = load_words(recipe.model, recipe.data)
+    ((_, folder),) = data.prepare(recipe.data, words, print).train
+    monkeypatch.setenv("DIST_SFT_SCRATCH", str(scratch))
+    ((_, copy),) = data.prepare(recipe.data, words, print).train
+    shared, near = Path(folder), Path(copy)
+    assert near == scratch / shared.name
+    written = near.stat().st_mtime_ns
+    assert data.on_this_node(shared, "rows", said.append) == near
+    assert near.stat().st_mtime_ns == written, "it is copied once"
+    content = bytearray((near / "tokens.u32").read_bytes())
+    content[0] ^= 1
+    (near / "tokens.u32").write_bytes(content)
+    assert data.on_this_node(shared, "rows", said.append) == near
+    assert "the copy of rows in" in said[-1]
+    assert "made again" in said[-1]
+    assert (near / "tokens.u32").read_bytes() == (shared / "tokens.u32").read_bytes()
