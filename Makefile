@@ -6,7 +6,7 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
 
-.PHONY: quickstart install test test-core test-faults test-gpu lint docs bench clean
+.PHONY: quickstart install test test-core test-faults test-clusters test-gpu lint docs bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dist_sft.quickstart --workers 2
@@ -31,6 +31,9 @@ test-core: install
 
 test-faults: install
 	$(PYTEST) -m "not gpu" -q tests/faults
+
+test-clusters: install
+	$(PYTEST) -m "not gpu" -q tests/clusters
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q
