@@ -90,6 +90,7 @@ def test_usr1_saves_and_goes_on_in_the_same_job(slurm: Cluster, whole: Path, rec
     assert f"continuing after step {outcome.step} " in run.log
 
 
+@matrix
 def test_a_preempted_job_goes_on_later(slurm: Cluster, whole: Path, recipe: Path) -> None:
     run = submit(slurm, recipe, "--partition", "low")
     run.wait_for_step(EVERY + 10)
@@ -147,6 +148,7 @@ def test_what_lives_on_a_cut_off_node_commits_nothing(slurm: Cluster, tmp_path: 
     check_like(run_here(here), run, attempts=2, steps=steps)
 
 
+@matrix
 def test_a_dead_node_that_stays_dead_is_done_without(
     slurm: Cluster, whole: Path, recipe: Path
 ) -> None:
@@ -182,13 +184,13 @@ def test_a_cancelled_job_is_not_put_back_and_continues_when_submitted_again(
     assert refused.returncode == 2
     assert f"job {run.job} of {run.run_dir} is RUNNING" in refused.stderr
     second = by_hand(slurm, run.run_dir)
+    second.finish("FAILED")
+    assert "is in use by process" in second.log
     assert slurm.state(run.job) == "RUNNING"
     cancelled = launch(slurm, "cancel", run.run_dir)
     assert f"jobs that run save and stop: {run.job}" in cancelled.stdout
     assert stopped(run, 1).reason.startswith("stopped by STOP file ")
     assert slurm.state(run.job) == "FAILED", "with 75, and not put back"
-    second.finish("FAILED")
-    assert "is in use by process" in second.log
     assert runs.attempts(run.run_dir) == [0, 1]
 
     run = told(slurm, recipe, launch(slurm, "resume", run.run_dir).stdout)
@@ -205,6 +207,7 @@ def test_a_crash_loop_ends(slurm: Cluster, recipe: Path) -> None:
     assert "in step" in run.log.rpartition("The last one: ")[2]
 
 
+@matrix
 def test_a_chain_goes_on_where_requeueing_is_forbidden(
     slurm: Cluster, whole: Path, recipe: Path
 ) -> None:
