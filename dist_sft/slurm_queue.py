@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -51,14 +52,16 @@ def states_of(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def describe(job: str) -> str:
-    """Return a job's state: from the queue, from the accounting where there is one, or unknown."""
-    state = states_of([job]).get(job)
-    if state is None:
-        fields = "State,ExitCode,Elapsed"
-        command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job}"]
-        done = call([*command, f"--format={fields}"])
-        words = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-        if words:
-            how, code, elapsed = words[0].split("|")
-            state = f"{how}, exit code {code.partition(':')[0]}, after {elapsed}"
-    return state or "not in the queue any more"
+    """Return a job's state: from the queue, or from the accounting, where there is one."""
+    with contextlib.suppress(UserError):  # asked on a machine that is not of the cluster
+        state = states_of([job]).get(job)
+        if state is not None:
+            return state
+        options = ("--allocations", "--noheader", "--parsable2", "--format=State,ExitCode,Elapsed")
+        done = call(["sacct", f"--jobs={job}", *options])
+        lines = done.stdout.split("\n") if done.returncode == 0 else [""]
+        if lines[0]:
+            how, code, elapsed = lines[0].split("|")
+            return f"{how}, exit code {code.partition(':')[0]}, after {elapsed}"
+        return "not in the queue any more"
+    return "its state is known on the cluster only"

@@ -1,12 +1,15 @@
 """Runs on a real SLURM cluster, and what happens to them there."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from slurm_cluster import Cluster
 from slurm_run import (
+    ENVIRONMENT,
     EVERY,
     STEPS,
     Submitted,
@@ -80,6 +83,10 @@ def test_four_nodes_with_two_workers_do_as_one_machine(
 def test_usr1_saves_and_goes_on_in_the_same_job(slurm: Cluster, whole: Path, recipe: Path) -> None:
     run = submit(slurm, recipe)
     run.wait_for_step(EVERY + 10)
+    command = (sys.executable, "-m", "dist_sft.cli", "status", run.run_dir)
+    told = slurm.run(*command, env=ENVIRONMENT).stdout
+    assert f"job {run.job}: RUNNING\n" in told
+    assert re.search(rf"^step \d+ of {STEPS}: .*; left: 0:0", told, re.MULTILINE)
     slurm.run("scancel", "--signal=USR1", "--batch", str(run.job))
     outcome = stopped(run, 0)
     assert outcome.reason.startswith("stopped by signal SIGUSR1 ")
@@ -261,11 +268,12 @@ def test_a_bad_node_is_named_and_kept_out(slurm: Cluster, tmp_path: Path) -> Non
     site = tmp_path / "site.sh"
     site.write_text(f"export PATH={tmp_path}/bin:$PATH\nunset CUDA_VISIBLE_DEVICES\n")
     recipe = make(tmp_path, "run", 12)
-    run = submit(slurm, recipe, f"--site={site}", "--exclude-bad-nodes", nodes="3")
+    options = (f"--site={site}", "--exclude-bad-nodes", "--exclude=n4")
+    run = submit(slurm, recipe, *options, nodes="2-3")
     run.finish()
     assert "GPUs: n2 has 1; the other 2 have 0" in run.log
     check_whole(run, attempts=2, steps=12)
-    assert slurm.show(run.job)["ExcNodeList"] == "n2"
+    assert slurm.show(run.job)["ExcNodeList"] == "n[2,4]"
 
 
 @matrix
