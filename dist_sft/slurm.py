@@ -265,7 +265,6 @@ def command_for(where: Path, told: dict[str, Any], tasks: int = 0) -> list[str]:
         "sbatch",
         "--parsable",
         f"--job-name={where.name}",
-        "--ntasks-per-node=1",
         # One worker's share of a node is no default of SLURM's: it would give one core.
         *(["--exclusive"] if chosen.isdisjoint(CPUS) else []),
         f"--chdir={folder}",

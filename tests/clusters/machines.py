@@ -145,6 +145,9 @@ class Machine:
             end = ["type", "veth", "peer", "name", "eth0", "netns", str(self._pid)]
             _run([*enter, "ip", "link", "add", self._cable, *end])
             self._within.run("ip", "link", "set", self._cable, "master", "eth0", "up")
+            # The same at each boot, as of a real card: others remember it for a while.
+            mac = ":".join(f"{part:02x}" for part in (2, 0, *map(int, self.address.split("."))))
+            self.run("ip", "link", "set", "eth0", "address", mac)
         self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
 
