@@ -499,7 +499,10 @@ def test_the_wheel_carries_the_sharding_strategies() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     wheel = build["targets"]["wheel"]
     assert wheel["packages"] == ["dist_sft"]
-    assert wheel["force-include"] == {"deepspeed_configs": "dist_sft/deepspeed_configs"}
+    assert wheel["force-include"] == {
+        "deepspeed_configs": "dist_sft/deepspeed_configs",
+        "slurm": "dist_sft/slurm_files",
+    }
 
 
 def test_a_package_without_a_checkout_finds_its_sharding_strategies(
