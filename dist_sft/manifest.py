@@ -15,6 +15,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -174,7 +175,7 @@ def problems(
             size = _patiently(path.stat).st_size
             if size != entry["size"]:
                 found.append(Problem(f"{path}: {size} bytes, {entry['size']} were written"))
-            elif level == "sha256" and _patiently(lambda: sha256(path)) != entry["sha256"]:  # noqa: B023
+            elif level == "sha256" and _patiently(partial(sha256, path)) != entry["sha256"]:
                 found.append(Problem(f"{path}: its content is not what was written (SHA-256)"))
         except MISSING as error:
             found.append(Problem(f"{path}: {error.strerror}"))

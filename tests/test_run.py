@@ -24,6 +24,7 @@ from launching import (
 )
 from safetensors.torch import load_file
 from tiny_models import POISON, write_poisoned_model
+from tiny_recipe import LLAMA
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,16 +53,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "run_dir": str(folder / "run"),
         "model": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "tie_word_embeddings": True,
-                "attention_dropout": 0.1,
-            },
+            "config": {**LLAMA, "attention_dropout": 0.1},
             "tokenizer": str(folder / "tokenizer"),
         },
         "data": {

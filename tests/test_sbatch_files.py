@@ -10,26 +10,26 @@ from launching import ROOT
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 
 
+WRONG = {
+    r"^#SBATCH.*\$": "sbatch expands no variable",
+    r"\|\|\s*(echo\s+)?[\"']?(localhost|127\.0\.0\.1)": "every node would form its own world",
+    r"\$\{?SLURM_(PROCID|NODEID|LOCALID)": "expanded in the batch shell, where it is 0",
+    r"MASTER_PORT=[\"']?\d+[\"']?\s*$": "two jobs on a node would meet at the same port",
+    r"\b(grep|awk|sed)\b.*\.(yaml|yml|json)": "YAML and JSON are not lines",
+    r"GPUS_PER_NODE=[\"']?\d": "the number of GPUs is of one cluster",
+    r"^\s*module\s+load": "modules are of one cluster, and belong into the site file",
+    r"^\s*\w+=\(\s*\"\$\w+\"\s*\)": "an array of one element",
+}
+
+
 def mistakes(text: str) -> list[str]:
     """List what must not be in a batch script, a line each."""
-    found = []
-    for line in text.splitlines():
-        if line.startswith("#SBATCH") and "$" in line:
-            found.append(f"sbatch expands no variable: {line}")
-        if re.search(r"\|\|\s*(echo\s+)?[\"']?(localhost|127\.0\.0\.1)", line):
-            found.append(f"every node would form a world of its own: {line}")
-        if re.search(r"\$\{?SLURM_(PROCID|NODEID|LOCALID)", line):
-            found.append(f"expanded in the batch shell, where it is 0: {line}")
-        if re.search(r"MASTER_PORT=[\"']?\d+[\"']?\s*$", line):
-            found.append(f"two jobs on a node would meet at the same port: {line}")
-        if re.search(r"\b(grep|awk|sed)\b.*\.(yaml|yml|json)", line):
-            found.append(f"YAML and JSON are not lines: {line}")
-        if re.search(r"GPUS_PER_NODE=[\"']?\d", line):
-            found.append(f"the number of GPUs is of one cluster: {line}")
-        if re.match(r"\s*module\s+load", line):
-            found.append(f"modules are of one cluster, and belong into the site file: {line}")
-        if re.match(r"\s*\w+=\(\s*\"\$\w+\"\s*\)", line):
-            found.append(f"an array of one element: {line}")
+    found = [
+        f"{why}: {line}"
+        for line in text.splitlines()
+        for pattern, why in WRONG.items()
+        if re.search(pattern, line)
+    ]
     head = {m[1] for m in re.finditer(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)}
     if "requeue" in head and "signal" not in head:
         found.append("--requeue without --signal: the work since the last checkpoint is lost")

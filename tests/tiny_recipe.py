@@ -12,6 +12,17 @@ ROWS, HELD_OUT, BATCH_SIZE = 41, 5, 8
 STEPS_PER_EPOCH = 6  # the last one has a single row: all ranks but one have fillers
 
 
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+
+
 class Finished(NamedTuple):
     """A run that nobody disturbed."""
 
@@ -30,15 +41,7 @@ def make_recipe(folder: Path) -> dict[str, Any]:
         (folder / f"{name}.json").write_text(json.dumps(rows))
     return {
         "model": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "tie_word_embeddings": True,
-            },
+            "config": LLAMA,
             "tokenizer": str(folder / "tokenizer"),
         },
         "data": {
