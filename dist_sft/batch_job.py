@@ -1,8 +1,11 @@
 """What the batch shell of a SLURM job asks before and after its workers. Imports no torch.
 
     python -m dist_sft.batch_job begin RUN_DIR            prints the attempt that it claimed
-    python -m dist_sft.batch_job end RUN_DIR ATTEMPT      prints what to do: "requeue [hosts to
-                                                          exclude]" or "exit CODE"
+    python -m dist_sft.batch_job end RUN_DIR ATTEMPT      prints what to do:
+        requeue [HOSTS]         put the job, which runs, back in the queue, without these hosts
+        requeue-ended           put it back although SLURM has ended it
+        wait                    let SLURM do what it has decided
+        exit CODE
 
 Reasons go to stderr, where the job's log has them.
 """
@@ -10,8 +13,10 @@ Reasons go to stderr, where the job's log has them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,10 +38,14 @@ class Job:
     job: int
     restart: int
     hosts: list[str]
+    preempted: bool = False
+    """It ended for another job's sake, which is no fault of the run."""
 
     @classmethod
     def me(cls, environment: Mapping[str, str]) -> Job:
-        """Read SLURM's variables, and the hosts that the batch shell found."""
+        """Read SLURM's variables, and the hosts that the batch shell found; raises UserError."""
+        if "SLURM_HET_SIZE" in environment:
+            raise UserError("heterogeneous jobs (`:` between options of sbatch) are not supported")
         return cls(
             int(environment["SLURM_JOB_ID"]),
             int(environment.get("SLURM_RESTART_COUNT") or 0),
@@ -44,56 +53,88 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class Fate:
+    """What SLURM has in mind with a job, as far as `scontrol show job` tells."""
+
+    runs: bool
+    timed_out: bool
+    preempted: bool
+
+    @classmethod
+    def parse(cls, text: str, asked: str) -> Fate:
+        """Read the output of `scontrol --oneliner show job`; `asked` is the last signal.
+
+        A job that is being ended is COMPLETING, whatever it will be then: its time limit is told by
+        the reason. `PreemptTime` is there in the grace time of a preemption only. Where scontrol
+        said nothing, SLURM had decided before it sent TERM.
+        """
+        facts = dict(re.findall(r"(\S+?)=(\S*)", text))
+        return cls(
+            facts["JobState"] == "RUNNING" if "JobState" in facts else asked != "TERM",
+            facts.get("Reason") == "TimeLimit",
+            facts.get("PreemptTime", "None") != "None",
+        )
+
+
 def read(run_dir: Path, attempt: int) -> Job | None:
     """Return the job of an attempt, or None where SLURM did not run it."""
-    path = runs.attempt_dir(run_dir, attempt) / FILE
+    path = _path(run_dir, attempt)
     return Job(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def begin(run_dir: Path, job: Job, *, link: bool = False) -> int | None:
+def begin(run_dir: Path, job: Job) -> int | None:
     """Claim the next attempt for this job; None where there is nothing to do.
 
-    A person submitted the job, who wants the run to go on whatever stopped it before; not so where
-    SLURM starts it again, or where it is the next `link` of a chain. Raises UserError where the run
-    must not start.
+    Raises UserError where the run must not start.
     """
     recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
     if runs.is_finished(recipe):
         print(f"{run_dir} is finished already", file=sys.stderr)
         return None
     stop = run_dir / "STOP"
-    if stop.exists():
-        if job.restart or link:
-            raise UserError(f"{stop} asks this run to stop; remove it, or submit the run again")
-        stop.unlink()
+    if stop.exists():  # the launcher removes one that was there when a person submitted the job
+        raise UserError(
+            f"{stop} asks this run to stop; `launch/slurm.py resume {run_dir}` removes it and "
+            "submits the run again"
+        )
     reason = why_to_give_up(run_dir, job.job)
     if reason:
         raise UserError(reason)
     seen = lease.wait_until_free(run_dir, lambda line: print(line, file=sys.stderr))
     attempt = lease.claim(run_dir, seen)
-    runs.write_atomically(runs.attempt_dir(run_dir, attempt) / FILE, json.dumps(asdict(job)) + "\n")
+    _write(run_dir, attempt, job)
     if len(job.hosts) != launch.nodes:
         runs.record_change(run_dir, attempt, {"nodes": f"{launch.nodes} -> {len(job.hosts)}"})
         runs.write_launch(run_dir, replace(launch, nodes=len(job.hosts)))
     return attempt
 
 
-def end(run_dir: Path, attempt: int, asked: str) -> str:
+def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
     """Say what the batch shell shall do after an attempt; `asked` is the signal it got, or ""."""
     job, outcome = read(run_dir, attempt), runs.read_outcome(run_dir, attempt)
     if job is None:
         raise UserError(f"attempt {attempt} of {run_dir} was not begun by a batch job")
     code = runs.FAILED if outcome is None else outcome.code
     print(outcome.reason if outcome else f"attempt {attempt} ended without a word", file=sys.stderr)
+    if fate.preempted:
+        _write(run_dir, attempt, replace(job, preempted=True))
+    if code in (runs.FINISHED, runs.WRONG_INPUT):
+        return f"exit {code}"
+    if not (fate.runs or fate.timed_out):
+        return "wait"
+    # Without preempt_send_user_signal it is the workers alone that hear of a preemption at once.
+    time_is_up = asked == "USR1" or fate.preempted or fate.timed_out
     options = runs.read_launch(run_dir).options
     may_requeue = options.get("requeue", True) and not (run_dir / "STOP").exists()
-    again = code == runs.FAILED or (code == runs.STOPPED and asked == "USR1")
-    if not (again and may_requeue):
+    if not may_requeue or (code == runs.STOPPED and not time_is_up):
         return f"exit {code}"
     reason = why_to_give_up(run_dir, job.job)
     if reason:
         print(reason, file=sys.stderr)
         return f"exit {code}"
+    if not fate.runs:
+        return "requeue-ended"
     bad = roll_call.bad_hosts(run_dir, attempt) if options.get("exclude_bad_nodes") else []
     return " ".join(["requeue", *bad])
 
@@ -107,7 +148,8 @@ def why_to_give_up(run_dir: Path, job: int) -> str | None:
         ran = read(run_dir, attempt)
         if ran is None or ran.job != job or attempt in fruitful:
             break
-        in_vain.append(attempt)
+        if not ran.preempted:
+            in_vain.append(attempt)
     if len(in_vain) <= restarts:
         return None
     outcome = runs.read_outcome(run_dir, in_vain[0])
@@ -123,8 +165,17 @@ def _fruitful(run_dir: Path) -> set[int]:
     path, found = run_dir / "metrics.jsonl", set[int]()
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         if '"event": "checkpoint"' in text:
-            found.add(json.loads(text)["attempt"])
+            with contextlib.suppress(ValueError):  # a line that a killed rank left half written
+                found.add(json.loads(text)["attempt"])
     return found
+
+
+def _path(run_dir: Path, attempt: int) -> Path:
+    return runs.attempt_dir(run_dir, attempt) / FILE
+
+
+def _write(run_dir: Path, attempt: int, job: Job) -> None:
+    runs.write_atomically(_path(run_dir, attempt), json.dumps(asdict(job)) + "\n")
 
 
 def main() -> int:
@@ -133,17 +184,18 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     beginning = commands.add_parser("begin")
     beginning.add_argument("run_dir", type=Path)
-    beginning.add_argument("--link", action="store_true")
     ending = commands.add_parser("end")
     ending.add_argument("run_dir", type=Path)
     ending.add_argument("attempt", type=int)
-    ending.add_argument("--asked", default="")
+    ending.add_argument("--asked", default="", help="the signal that the batch shell got")
+    ending.add_argument("--job", default="", help="what `scontrol --oneliner show job` says")
     options = parser.parse_args()
     try:
         if options.command == "end":
-            print(end(options.run_dir, options.attempt, options.asked))
+            fate = Fate.parse(options.job, options.asked)
+            print(end(options.run_dir, options.attempt, options.asked, fate))
             return 0
-        attempt = begin(options.run_dir, Job.me(os.environ), link=options.link)
+        attempt = begin(options.run_dir, Job.me(os.environ))
         if attempt is not None:
             print(attempt)
         return 0

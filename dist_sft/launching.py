@@ -58,25 +58,21 @@ def refuse(mistakes: list[str]) -> None:
         raise UserError("\n".join(mistakes))
 
 
-def write_run_folder(
-    options: argparse.Namespace,
-    recipe: Recipe,
-    launcher: str,
-    nodes: int,
-    workers_per_node: int,
-    **told: Any,
-) -> lease.Lease | None:
-    """Make or take the run folder when nobody works on it; return the lease left in it.
-
-    `told` is kept in launch.json beside the options of all launchers.
-    """
-    seen = lease.wait_until_free(Path(recipe.run_dir))
+def launch_of(
+    options: argparse.Namespace, launcher: str, nodes: int, workers_per_node: int, **told: Any
+) -> runs.Launch:
+    """Return what launch.json keeps; `told` is kept beside the options of all launchers."""
     told |= {
         "overrides": options.overrides,
         "allow_change": options.allow_change,
         "trust_checkpoint": options.trust_checkpoint,
         "restarts": options.restarts,
     }
-    launch = runs.Launch(launcher, nodes, workers_per_node, told, runs.code_revision())
+    return runs.Launch(launcher, nodes, workers_per_node, told, runs.code_revision())
+
+
+def write_run_folder(recipe: Recipe, launch: runs.Launch) -> lease.Lease | None:
+    """Make or take the run folder when nobody works on it; return the lease left in it."""
+    seen = lease.wait_until_free(Path(recipe.run_dir))
     runs.create(recipe, launch)
     return seen

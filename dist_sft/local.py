@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(dry_run(recipe, workers, gpus))
             return runs.FINISHED
-        seen = launching.write_run_folder(options, recipe, "local", 1, workers)
+        launch = launching.launch_of(options, "local", 1, workers)
+        seen = launching.write_run_folder(recipe, launch)
         if options.prepare:
             print(f"prepared {run_dir}")
             return runs.FINISHED

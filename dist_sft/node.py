@@ -41,20 +41,20 @@ class Group:
     nodes: int
     workers_per_node: int
     node_rank: int = 0
-    head: str | None = None
-    port: int | None = None
+    address: tuple[str, int] | None = None
+    """Host and port of the first node, where workers meet; None where it is the only one."""
 
 
 def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> list[str]:
     """Return the command line that starts this node's ranks."""
-    if group.nodes == 1:
+    if group.address is None:
         rendezvous = ["--standalone"]
     else:
         rendezvous = [
             f"--nnodes={group.nodes}",
             f"--node-rank={group.node_rank}",
-            f"--master-addr={group.head}",
-            f"--master-port={group.port}",
+            f"--master-addr={group.address[0]}",
+            f"--master-port={group.address[1]}",
         ]
     return [
         sys.executable,
@@ -89,7 +89,8 @@ def count_gpus() -> int:
     """Count this node's visible GPUs without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+        none = ("", "-1", "NoDevFiles")  # the last one is SLURM's
+        return len([name for name in visible.split(",") if name.strip() not in none])
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
@@ -125,8 +126,7 @@ def group_from(
         nodes,
         launch.workers_per_node,
         _number(environment, rank, 0, nodes - 1),
-        environment["MASTER_ADDR"],
-        _number(environment, "MASTER_PORT", 1, 65535),
+        (environment["MASTER_ADDR"], _number(environment, "MASTER_PORT", 1, 65535)),
     )
 
 
@@ -149,11 +149,10 @@ def run(run_dir: Path, attempt: int, nodes: int | None = None) -> int:
     with ExitStack() as stack:
         relay = stack.enter_context(Relay())
         lost = stack.enter_context(owning)
-        if group.head is not None and group.port is not None:
+        if group.nodes > 1 or launch.launcher == "slurm":
             try:
                 roll_call.take(
-                    run_dir, attempt, recipe, group.node_rank, group.nodes,
-                    (group.head, group.port),
+                    run_dir, attempt, recipe, group.node_rank, group.nodes, group.address,
                     workers=group.workers_per_node, gpus=gpus, threads=threads,
                 )  # fmt: skip
             except roll_call.NotTogether as problem:

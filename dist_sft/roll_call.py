@@ -1,8 +1,8 @@
 """Before workers start on several nodes: who is there, and do they fit together? Needs no torch.
 
-Every node writes what it is into the attempt's folder, and tries to reach the first one, which
-compares all of them and writes the verdict. That a file written there is read here is the proof
-that all see one folder in which a rename is at once.
+Every node writes what it is into the attempt's folder, the first one before others, which try to
+reach it then; it compares all of them and writes the verdict. That a file written there is read
+here is the proof that all see one folder in which a rename is at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from dist_sft.config import Recipe
 from dist_sft.preflight import checkpoint_bytes, machine_mistakes
 
 SECONDS = 180.0  # what nodes get to appear; a container may have to be unpacked first
-CONNECT_SECONDS = 60.0  # and the first of them, to listen
+CONNECT_SECONDS = 30.0  # what the way to the first node gets, which listens already
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 FILE = "roll_call.json"
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+"""Where the driver lists all GPUs of a machine, also those that this process may not use."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Node:
     alike: dict[str, str]
     """Facts that must be the same on all nodes."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong with this node alone."""
+    """What is wrong here."""
+    unreachable: str | None = None
+    """Why it cannot reach the first node."""
 
 
 class NotTogether(RuntimeError):
@@ -54,7 +58,7 @@ def take(
     recipe: Recipe,
     node_rank: int,
     nodes: int,
-    address: tuple[str, int],
+    address: tuple[str, int] | None,
     *,
     workers: int,
     gpus: int,
@@ -62,25 +66,42 @@ def take(
 ) -> None:
     """Return once all nodes are there and agree; raise NotTogether on each of them where not.
 
-    `address` is the host and the port of the first node, at which workers will meet.
+    `address` is the host and the port of the first node, at which workers will meet; None where it
+    is the only one.
     """
     folder = runs.attempt_dir(run_dir, attempt)
-    with _listening(address[1]) if node_rank == 0 else contextlib.nullcontext():
-        problems = machine_mistakes(recipe, workers, gpus, "--workers-per-node")
-        problems += [*_unreachable(address), *_too_full(run_dir, recipe)]
-        alike = {
-            "recipe": recipe.fingerprint(),
-            "GPUs": str(gpus),
-            "threads per worker": str(threads),
-            "python": sys.version.split()[0],
-            "dist_sft": __version__,
-            **{name: _version(name) for name in LIBRARIES},
-        }
-        me = Node(node_rank, socket.gethostname(), alike, problems)
+    alike = {
+        "recipe": recipe.fingerprint(),
+        "GPUs": str(gpus),
+        "threads per worker": str(threads),
+        "python": sys.version.split()[0],
+        "dist_sft": __version__,
+        **{name: _version(name) for name in LIBRARIES},
+    }
+    problems = machine_mistakes(recipe, workers, gpus, "--workers-per-node")
+    problems += [*_too_few_gpus(workers, gpus), *_too_full(run_dir, recipe)]
+    unreachable, verdict = None, None
+    with contextlib.ExitStack() as stack:
+        if address and node_rank == 0:
+            try:
+                stack.enter_context(_listening(address[1]))
+            except OSError as error:
+                problems.append(f"nobody can listen at port {address[1]}: {error.strerror}")
+        elif address:
+            if _wait_for(_file(folder, 0), SECONDS) is None:
+                raise NotTogether(_silence(run_dir))
+            unreachable = _way_to(address)
+        me = Node(node_rank, _host(), alike, problems, unreachable)
         runs.write_atomically(_file(folder, node_rank), json.dumps(asdict(me)) + "\n")
-        verdict = _judge(folder, nodes) if node_rank == 0 else _wait_for_verdict(folder, run_dir)
+        if node_rank == 0:
+            verdict = _judge(folder, nodes)
+        else:
+            verdict = _wait_for(folder / FILE, SECONDS + 2 * CONNECT_SECONDS)
+    if verdict is None:
+        raise NotTogether(_silence(run_dir))
     if verdict["problems"]:
-        raise NotTogether("\n  ".join(["the nodes cannot work together:", *verdict["problems"]]))
+        who = "the nodes cannot work together:" if nodes > 1 else "this node cannot do the work:"
+        raise NotTogether("\n  ".join([who, *verdict["problems"]]))
 
 
 def bad_hosts(run_dir: Path, attempt: int) -> list[str]:
@@ -90,23 +111,30 @@ def bad_hosts(run_dir: Path, attempt: int) -> list[str]:
 
 
 def compare(found: list[Node]) -> tuple[list[str], list[str]]:
-    """Return what is wrong, a line each, and the hosts to blame, from which most others differ."""
+    """Return what is wrong, a line each, and the hosts to blame.
+
+    What most nodes suffer from is a mistake in the recipe or of the cluster, and no node's fault.
+    """
     problems = [f"{node.host}: {said}" for node in found for said in node.problems]
-    bad = [node.host for node in found if node.problems]
+    blamed = [[node.host for node in found if node.problems]]
     for key in found[0].alike:
         usual, count = Counter(node.alike.get(key, "?") for node in found).most_common(1)[0]
         odd = [node for node in found if node.alike.get(key, "?") != usual]
         if odd:
             said = ", ".join(f"{node.host} has {node.alike.get(key, '?')}" for node in odd)
             problems.append(f"{key}: {said}; the other {count} have {usual}")
-            if 2 * count > len(found):  # of two that differ, nobody knows which one is right
-                bad += [node.host for node in odd]
+            blamed.append([node.host for node in odd])
+    cut_off = [node for node in found if node.unreachable]
+    problems += [f"{node.host}: {node.unreachable}" for node in cut_off]
+    everybody = len(cut_off) == len(found) - 1 > 1
+    blamed.append([found[0].host] if everybody else [node.host for node in cut_off])
+    bad = [host for hosts in blamed if 2 * len(hosts) < len(found) for host in hosts]
     return problems, list(dict.fromkeys(bad))
 
 
 def _judge(folder: Path, nodes: int) -> dict[str, Any]:
     found = dict[int, Node]()
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + SECONDS + CONNECT_SECONDS
     while len(found) < nodes and time.monotonic() < deadline:
         for rank in set(range(nodes)).difference(found):
             with contextlib.suppress(FileNotFoundError):
@@ -116,8 +144,8 @@ def _judge(folder: Path, nodes: int) -> dict[str, Any]:
     for rank in sorted(set(range(nodes)).difference(found)):
         host = _host_of(rank)
         problems.append(
-            f"node {rank}{f' ({host})' if host else ''} did not appear in {SECONDS:.0f} s: is it "
-            f"down, or does it not see {folder}?"
+            f"node {rank}{f' ({host})' if host else ''} did not appear in "
+            f"{SECONDS + CONNECT_SECONDS:.0f} s: is it down, or does it not see {folder}?"
         )
         bad += [host] if host else []
     verdict = {"nodes": [asdict(node) for node in found.values()], "problems": problems, "bad": bad}
@@ -125,14 +153,19 @@ def _judge(folder: Path, nodes: int) -> dict[str, Any]:
     return verdict
 
 
-def _wait_for_verdict(folder: Path, run_dir: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + SECONDS + CONNECT_SECONDS
+def _wait_for(path: Path, seconds: float) -> dict[str, Any] | None:
+    """Return the content of a file that another node writes, or None where it does not appear."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
-            verdict: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            return verdict
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return content
         time.sleep(0.1)
-    raise NotTogether(
+    return None
+
+
+def _silence(run_dir: Path) -> str:
+    return (
         f"node 0 said nothing for {SECONDS:.0f} s: is it down, or is {run_dir} not one folder "
         "that every node sees?"
     )
@@ -141,7 +174,11 @@ def _wait_for_verdict(folder: Path, run_dir: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _listening(port: int) -> Iterator[None]:
     """Accept connections at the port at which workers will meet; it is free again afterwards."""
-    with socket.create_server(("", port), backlog=1024) as server:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(
+        ("", port), family=family, backlog=1024, dualstack_ipv6=both
+    ) as server:
         server.settimeout(0.2)
         done = threading.Event()
 
@@ -159,18 +196,39 @@ def _listening(port: int) -> Iterator[None]:
             thread.join()
 
 
-def _unreachable(address: tuple[str, int]) -> Iterator[str]:
-    """Say why the first node cannot be reached; it may begin to listen a little later."""
+def _way_to(address: tuple[str, int]) -> str | None:
+    """Return why the first node, which listens, cannot be reached."""
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
             socket.create_connection(address, timeout=CONNECT_SECONDS).close()
-            return
+            return None
         except OSError as error:
             if time.monotonic() > deadline:
-                yield f"cannot reach {address[0]}:{address[1]}, where workers meet: {error}"
-                return
+                return f"cannot reach {address[0]}:{address[1]}, where workers meet: {error}"
         time.sleep(0.2)
+
+
+def _too_few_gpus(workers: int, gpus: int) -> Iterator[str]:
+    """Say where workers would share GPUs, take those of others, or run on CPUs beside GPUs.
+
+    An empty CUDA_VISIBLE_DEVICES is the wish to train on CPUs.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if given.isdecimal() and workers > min(int(given), gpus):
+        yield (
+            f"--workers-per-node is {workers}, SLURM gave this job {given} GPUs on this node, and "
+            f"{gpus} are visible"
+        )
+    there = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+    if there and not gpus:
+        yield (
+            f"this node has {there} GPUs, and the job may use none of them: ask for them "
+            f"(--gpus-per-node={there}), or put `export CUDA_VISIBLE_DEVICES=` into the site file "
+            "to train on CPUs"
+        )
 
 
 def _too_full(run_dir: Path, recipe: Recipe) -> Iterator[str]:
@@ -187,6 +245,11 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _host() -> str:
+    """Return this node's name, which SLURM may spell in another way than the node itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _host_of(rank: int) -> str | None:

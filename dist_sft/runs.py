@@ -41,6 +41,10 @@ class Launch:
     options: dict[str, Any]
     revision: str
 
+    def to_json(self) -> str:
+        """Return the content of `launch.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -124,7 +128,7 @@ def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -
 
 def write_launch(run_dir: Path, launch: Launch) -> None:
     """Write down how the run was launched."""
-    write_atomically(run_dir / "launch.json", json.dumps(asdict(launch), indent=2) + "\n")
+    write_atomically(run_dir / "launch.json", launch.to_json())
 
 
 def record_change(run_dir: Path, attempt: int, changes: dict[str, str]) -> None:

@@ -14,48 +14,28 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_sft import launching, lease, preflight, runs, slurm_queue
 from dist_sft.batch_job import DEFAULT_RESTARTS
-from dist_sft.config import read_config_json, read_recipe
+from dist_sft.config import Recipe, read_config_json, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.slurm_queue import jobs_of, states_of
 
 LEAD_SECONDS = 300
 SWEEP = "sweep.txt"
 STOP_SECONDS = 300.0  # what `cancel` gives a run to save
-FLAGS = frozenset(
-    [
-        "-H",
-        "--hold",
-        "--contiguous",
-        "--exclusive",
-        "--get-user-env",
-        "--ignore-pbs",
-        "-k",
-        "--no-kill",
-        "--nice",
-        "-O",
-        "--overcommit",
-        "-s",
-        "--oversubscribe",
-        "-Q",
-        "--quiet",
-        "--reboot",
-        "--spread-job",
-        "--test-only",
-        "--use-min-nodes",
-        "-v",
-        "--verbose",
-    ]
-)
+FLAGS = ("-H", "--hold", "--contiguous", "--exclusive", "--get-user-env", "--ignore-pbs", "--nice",
+         "-O", "--overcommit", "-s", "--oversubscribe", "-Q", "--quiet", "--reboot",
+         "--spread-job", "--use-min-nodes", "-v", "--verbose")  # fmt: skip
 """sbatch's options that take no value, or only one behind `=`; all others take one."""
 NOT_PASSED_ON = {
     "--ntasks": "--workers-per-node",
     "-n": "--workers-per-node",
     "--ntasks-per-node": "--workers-per-node",
+    "--ntasks-per-gpu": "--workers-per-node",
     "--array": "--sweep",
     "-a": "--sweep",
     "-N": "--nodes",
@@ -65,12 +45,24 @@ NOT_PASSED_ON = {
     "-d": "--chain",
     "--requeue": "--restarts",
     "--no-requeue": "--no-put-back",
+    "--test-only": "--dry-run",
+    "--chdir": "cd before you launch",
+    "-D": "cd before you launch",
+    "--output": "run_dir, which has the logs",
+    "-o": "run_dir, which has the logs",
+    "--open-mode": None,
+    "--clusters": "a login node of that cluster",
+    "-M": "a login node of that cluster",
+    "--no-kill": "--nodes MIN-MAX",
+    "-k": "--nodes MIN-MAX",
     "--parsable": None,
     "--wait": None,
     "-W": None,
 }
 """Options of sbatch that the launcher sets itself, and what to give it instead."""
 CPUS = ("--exclusive", "--cpus-per-task", "-c", "--cpus-per-gpu", "--oversubscribe", "-s")
+GPUS = ("--gpus", "-G", "--gpus-per-node", "--gpus-per-task", "--gpus-per-socket", "--gres",
+        "--tres-per-node", "--tres-per-task")  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,8 +145,11 @@ def split(given: Sequence[str], ours: argparse.ArgumentParser) -> tuple[list[str
     rest = iter(given)
     for word in rest:
         name, equals, _ = word.partition("=")
-        if name in NOT_PASSED_ON:
-            instead = NOT_PASSED_ON[name]
+        if re.match(r"-\w", word):
+            name, equals = word[:2], word[2:]
+        refused = next((full for full in NOT_PASSED_ON if _is_short_for(name, full)), None)
+        if refused:
+            instead = NOT_PASSED_ON[refused]
             raise UserError(
                 f"{name}: this option of sbatch is set by dist_sft"
                 + (f"; use {instead}" if instead else "")
@@ -165,15 +160,61 @@ def split(given: Sequence[str], ours: argparse.ArgumentParser) -> tuple[list[str
                 mine += itertools.islice(rest, 1)
             continue
         theirs.append(word)
-        short_with_value = re.fullmatch(r"-\w.+", word) and not word.startswith("--")
-        if not equals and name not in FLAGS and not short_with_value:
+        if not equals and name not in FLAGS:
             theirs += itertools.islice(rest, 1)
     return mine, theirs
 
 
+def _is_short_for(name: str, full: str) -> bool:
+    """Tell whether sbatch would take `name` for that option: it may be cut where it is unique."""
+    return name == full or (len(name) > 3 and name.startswith("--") and full.startswith(name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch writes and submits."""
+
+    where: Path
+    """The run folder, or the one of a sweep."""
+    runs: list[tuple[Recipe, runs.Launch]]
+    files: dict[Path, str]
+    """What is written beside config.json and launch.json of the runs."""
+    command: list[str]
+
+    @property
+    def folders(self) -> list[Path]:
+        """The run folders."""
+        return [Path(recipe.run_dir) for recipe, _ in self.runs]
+
+    def __str__(self) -> str:
+        written = dict[Path, str]()
+        for recipe, launch in self.runs:
+            written[Path(recipe.run_dir) / "config.json"] = recipe.to_json()
+            written[Path(recipe.run_dir) / "launch.json"] = launch.to_json()
+        parts = [f"# {path}\n{text}" for path, text in (written | self.files).items()]
+        return "".join(parts) + f"# command\n{shlex.join(self.command)}"
+
+
 def launch(options: argparse.Namespace, sbatch: list[str]) -> int:
     """Submit a recipe, or the recipes of a sweep."""
-    low, high = nodes_of(options.nodes)
+    check(options)
+    plan = make_plan(options, sbatch)
+    if plan is None:
+        return runs.FINISHED
+    if not any(_name(word) in GPUS for word in sbatch):
+        print("no GPUs are asked for (--gpus-per-node): workers run on CPUs", file=sys.stderr)
+    if options.dry_run:
+        print(plan)
+        return runs.FINISHED
+    write(plan)
+    if options.prepare:
+        print(f"prepared {plan.where}; to submit it:\n{shlex.join(plan.command)}")
+        return runs.FINISHED
+    return submit(plan.where, plan.folders, plan.command, options.chain)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError where options make no sense, or not here."""
     for name in ("workers_per_node", "lead", "chain"):
         if getattr(options, name) < 1:
             key = "--" + name.replace("_", "-")
@@ -184,44 +225,51 @@ def launch(options: argparse.Namespace, sbatch: list[str]) -> int:
         raise UserError("--sweep and --chain: give one of them")
     if not (options.dry_run or options.prepare or shutil.which("sbatch")):
         raise UserError("sbatch is not on PATH: launch on a login node of the cluster")
+
+
+def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
+    """Read the recipes and refuse what cannot work; None where all runs are finished already."""
+    low, high = nodes_of(options.nodes)
     where, variants = sweep(options)
     pairs = [(variant, launching.read(variant)) for variant in variants]
     for _, recipe in pairs:
         launching.refuse(preflight.missing_paths(recipe))
     if not options.prepare:
         pairs = [pair for pair in pairs if not launching.is_finished(pair[1])]
-        if not pairs:
-            return runs.FINISHED
+    if not pairs:
+        return None
     told = {
         "sbatch": [f"--nodes={options.nodes}", f"--signal=B:USR1@{options.lead}", *sbatch],
         "requeue": not options.no_put_back and options.chain == 1,
         "exclude_bad_nodes": options.exclude_bad_nodes,
         "lead": options.lead,
         "folder": os.getcwd(),
+        "min_nodes": low,
     }
-    command = command_for(where, told, tasks=len(pairs) if options.sweep else 0)
-    folders = [Path(recipe.run_dir) for _, recipe in pairs]
-    if options.dry_run:
-        for _, recipe in pairs:
-            print(f"# {recipe.run_dir}/config.json\n{recipe.to_json()}", end="")
-        print(f"# {where}/site.sh\n{_site(options).read_text(encoding='utf-8')}", end="")
-        print(f"# command\n{shlex.join(command)}")
-        return runs.FINISHED
-    for (variant, recipe), folder in zip(pairs, folders, strict=True):
-        refuse_a_second_job(folder)
-        launching.write_run_folder(
-            variant, recipe, "slurm", high, options.workers_per_node, min_nodes=low, **told
-        )
-    for folder in {where, *folders}:
-        (folder / "logs").mkdir(exist_ok=True)
-        shutil.copyfile(_site(options), folder / "site.sh")
+    planned = [
+        (recipe, launching.launch_of(variant, "slurm", high, options.workers_per_node, **told))
+        for variant, recipe in pairs
+    ]
+    folders = [Path(recipe.run_dir) for recipe, _ in planned]
+    site = _site(options.site or files() / "site.sh")
+    written = {folder / "site.sh": site for folder in folders}
     if options.sweep:
-        listed = "".join(f"{folder}\n" for folder in folders)
-        (where / SWEEP).write_text(listed, encoding="utf-8")
-    if options.prepare:
-        print(f"prepared {where}; to submit it:\n{shlex.join(command)}")
-        return runs.FINISHED
-    return submit(where, folders, command, options.chain)
+        written[where / SWEEP] = "".join(f"{folder}\n" for folder in folders)
+    command = command_for(where, told, tasks=len(folders) if options.sweep else 0)
+    return Plan(where, planned, written, command)
+
+
+def write(plan: Plan) -> None:
+    """Write the run folders; raises UserError where somebody works on one of them."""
+    for folder in plan.folders:
+        refuse_a_second_job(folder)
+    for recipe, launch in plan.runs:
+        launching.write_run_folder(recipe, launch)
+    for folder in {plan.where, *plan.folders}:
+        (folder / "logs").mkdir(exist_ok=True)
+        (folder / "STOP").unlink(missing_ok=True)
+    for path, text in plan.files.items():
+        path.write_text(text, encoding="utf-8")
 
 
 def nodes_of(text: str) -> tuple[int, int]:
@@ -250,7 +298,8 @@ def sweep(options: argparse.Namespace) -> tuple[Path, list[argparse.Namespace]]:
         axes.append([f"{key}={value}" for value in values.split(",")])
     variants = []
     for words_of_one in itertools.product(*axes):
-        extra = [*words_of_one, f"run_dir={where / ','.join(words_of_one)}"]
+        name = ",".join(words_of_one).replace("/", "_")
+        extra = [*words_of_one, f"run_dir={where / name}"]
         changed = vars(options) | {"overrides": [*options.overrides, *extra]}
         variants.append(argparse.Namespace(**changed))
     return where, variants
@@ -260,7 +309,7 @@ def command_for(where: Path, told: dict[str, Any], tasks: int = 0) -> list[str]:
     """Return the command that submits a run folder, or a sweep of so many `tasks`."""
     folder = Path(told["folder"])
     options: list[str] = told["sbatch"]
-    chosen = {word.partition("=")[0] for word in options}
+    chosen = {_name(word) for word in options}
     return [
         "sbatch",
         "--parsable",
@@ -285,15 +334,16 @@ def submit(where: Path, folders: list[Path], command: list[str], chain: int = 1)
         words = list(command)
         if before is not None:
             words[1:1] = [f"--dependency=afterany:{before}"]
-            words.append("--link")
-        done = slurm_queue.call(words, env=os.environ | {"DIST_SFT_PYTHON": sys.executable})
+        done = slurm_queue.call(words)
         if done.returncode:
             raise UserError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
         before = done.stdout.strip().partition(";")[0]
         for folder in dict.fromkeys((where, *folders)):
-            slurm_queue.note(folder, time=time.time(), job=before, command=words)
+            # A run of a sweep is a task of the array.
+            job = before if folder == where else f"{before}_{folders.index(folder)}"
+            slurm_queue.note(folder, time=time.time(), job=job, command=words)
         print(f"job {before}: {where}" + (f", link {link + 1} of {chain}" if chain > 1 else ""))
-    log = command[command.index("--open-mode=append") - 1].partition("=")[2]
+    log = next(word for word in command if word.startswith("--output=")).partition("=")[2]
     print(f"its log: {log.replace('%j', str(before))}\nits state: dist-sft status {where}")
     return runs.FINISHED
 
@@ -312,23 +362,27 @@ def cancel(folder: Path) -> int:
     jobs = states_of(jobs_of(folder))
     if not jobs:
         raise UserError(f"{folder} has no job in the queue")
-    waiting = [job for job, state in jobs.items() if state.startswith("PENDING")]
-    if waiting:  # first: they would start when those that run have ended
-        slurm_queue.call(["scancel", *waiting])
     listed = folder / SWEEP
     targets = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [folder]
-    if len(waiting) < len(jobs):
-        for target in map(Path, targets):
-            (target / "STOP").touch()
-        print(f"jobs that run save and stop: {', '.join(jobs.keys() - set(waiting))}")
+    for target in map(Path, targets):
+        (target / "STOP").touch()  # first: a job that starts now stops at once
+    waiting = [job for job, state in jobs.items() if state.startswith("PENDING")]
+    _scancel(waiting)
+    left = jobs.keys() - set(waiting)
+    if left:
+        print(f"jobs that run save and stop: {', '.join(sorted(left))}", flush=True)
         deadline = time.monotonic() + STOP_SECONDS
         while states_of(list(jobs)) and time.monotonic() < deadline:
             time.sleep(2)
-    left = states_of(list(jobs))
-    if left:
-        slurm_queue.call(["scancel", *left])
+        _scancel(list(states_of(list(jobs))))
     print(f"ended: {', '.join(jobs)}; `launch/slurm.py resume {folder}` continues")
     return runs.FINISHED
+
+
+def _scancel(jobs: list[str]) -> None:
+    done = slurm_queue.call(["scancel", *jobs]) if jobs else None
+    if done is not None and done.returncode:
+        raise UserError(f"scancel: {done.stderr.strip()}")
 
 
 def resume(folder: Path) -> int:
@@ -344,6 +398,7 @@ def resume(folder: Path) -> int:
         return runs.FINISHED
     refuse_a_second_job(folder)
     lease.wait_until_free(folder)
+    (folder / "STOP").unlink(missing_ok=True)
     return submit(folder, [folder], command_for(folder, launch.options))
 
 
@@ -354,8 +409,13 @@ def files() -> Path:
     return next(p for p in (here / "slurm_files", here.parent / "slurm") if p.is_dir())
 
 
-def _site(options: argparse.Namespace) -> Path:
-    return options.site or files() / "site.sh"
+def _site(path: Path) -> str:
+    """Return a site's file with the Python that launches, which it may replace by another one."""
+    return f"python={shlex.quote(sys.executable)}\n{path.read_text(encoding='utf-8')}"
+
+
+def _name(word: str) -> str:
+    return word[:2] if re.match(r"-\w", word) else word.partition("=")[0]
 
 
 def _run_dir(given: list[str]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -41,27 +40,41 @@ def jobs_of(folder: Path) -> list[str]:
 
 
 def states_of(jobs: Sequence[str]) -> dict[str, str]:
-    """Return the states of those jobs that are in the queue, by number."""
+    """Return the states of those jobs that are in the queue, by number; tasks of an array each.
+
+    Raises UserError where SLURM does not answer.
+    """
+    if not jobs:
+        return {}
+    done = call(
+        ["squeue", "--noheader", "--array", f"--jobs={','.join(jobs)}", "--format=%i %T %r"]
+    )
+    if done.returncode and "Invalid job id" not in done.stderr:  # it has forgotten that job
+        raise UserError(f"squeue: {done.stderr.strip()}")
     states = {}
-    for job in jobs:
-        done = call(["squeue", "--noheader", f"--jobs={job}", "--format=%T %r"])
-        words = done.stdout.split() if done.returncode == 0 else []  # an error for a forgotten job
-        if words:
-            states[job] = words[0] if words[1:] in ([], ["None"]) else f"{words[0]} ({words[1]})"
+    for job, state, *reason in map(str.split, done.stdout.splitlines()):
+        states[job] = state if reason in ([], ["None"]) else f"{state} ({' '.join(reason)})"
     return states
 
 
 def describe(job: str) -> str:
-    """Return a job's state: from the queue, or from the accounting, where there is one."""
-    with contextlib.suppress(UserError):  # asked on a machine that is not of the cluster
-        state = states_of([job]).get(job)
-        if state is not None:
-            return state
-        options = ("--allocations", "--noheader", "--parsable2", "--format=State,ExitCode,Elapsed")
-        done = call(["sacct", f"--jobs={job}", *options])
-        lines = done.stdout.split("\n") if done.returncode == 0 else [""]
-        if lines[0]:
-            how, code, elapsed = lines[0].split("|")
-            return f"{how}, exit code {code.partition(':')[0]}, after {elapsed}"
-        return "not in the queue any more"
-    return "its state is known on the cluster only"
+    """Return the state of a job, or of an array's tasks: from the queue, else the accounting."""
+    try:
+        states = states_of([job])
+        if states:
+            return ", ".join(
+                state if name == job else f"{name.partition('_')[2]} {state}"
+                for name, state in states.items()
+            )
+        fields = "--format=JobID,State,ExitCode,Elapsed"
+        done = call(
+            ["sacct", f"--jobs={job}", "--allocations", "--noheader", "--parsable2", fields]
+        )
+    except UserError as error:
+        return f"not known here: {error}"
+    told = []
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        name, state, code, elapsed = line.split("|")
+        task = "" if name == job else f"{name.partition('_')[2]} "
+        told.append(f"{task}{state}, exit code {code.partition(':')[0]}, after {elapsed}")
+    return "; ".join(told) or "not in the queue any more"

@@ -94,7 +94,7 @@ def test_command_for_one_node() -> None:
 
 
 def test_command_for_several_nodes() -> None:
-    command = torchrun_command(Path("x"), "train", 0, Group(4, 8, 3, "head", 29500))
+    command = torchrun_command(Path("x"), "train", 0, Group(4, 8, 3, ("head", 29500)))
     assert command[3:8] == [
         "--nnodes=4",
         "--node-rank=3",
@@ -115,7 +115,7 @@ def test_group_of_one_node_needs_no_variables() -> None:
 
 def test_group_of_several_nodes_comes_from_variables() -> None:
     environment = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert group_from(environment, launched(2)) == Group(2, 2, 1, "10.0.0.1", 29500)
+    assert group_from(environment, launched(2)) == Group(2, 2, 1, ("10.0.0.1", 29500))
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,60 @@ def test_of_two_that_differ_nobody_is_blamed() -> None:
 
 
 def test_a_nodes_own_problem_is_its_own() -> None:
-    broken = replace(node(2), problems=["cannot reach n0:24711, where workers meet: timed out"])
-    problems, bad = compare([node(0), node(1), broken])
-    assert problems == ["n2: cannot reach n0:24711, where workers meet: timed out"]
-    assert bad == ["n2"]
+    broken = replace(node(2), problems=["a GPU is gone"])
+    assert compare([node(0), node(1), broken]) == (["n2: a GPU is gone"], ["n2"])
+
+
+def test_what_most_suffer_from_is_nobodys_fault() -> None:
+    full = [replace(node(rank), problems=["no room for a checkpoint"]) for rank in range(3)]
+    problems, bad = compare([*full, node(3)])
+    assert problems == [f"n{rank}: no room for a checkpoint" for rank in range(3)]
+    assert bad == []
+    assert compare(full[:1])[1] == []
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "nodes", "blamed"),
+    [([2], 4, ["n2"]), ([1, 2, 3], 4, ["n0"]), ([1, 2], 4, []), ([1], 2, []), ([1, 2], 3, ["n0"])],
+)
+def test_who_is_to_blame_for_a_way_that_is_cut(
+    cut_off: list[int], nodes: int, blamed: list[str]
+) -> None:
+    found = [
+        replace(node(rank), unreachable="cannot reach n0:24711" if rank in cut_off else None)
+        for rank in range(nodes)
+    ]
+    problems, bad = compare(found)
+    assert problems == [f"n{rank}: cannot reach n0:24711" for rank in cut_off]
+    assert bad == blamed
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "gpus", "there", "told"),
+    [
+        ("2", None, 2, 0, []),
+        ("4", None, 2, 0, []),
+        ("2", None, 1, 0, ["--workers-per-node is 2, SLURM gave this job 2 GPUs on this node, "]),
+        ("1", None, 8, 0, ["--workers-per-node is 2, SLURM gave this job 1 GPUs on this node, "]),
+        (None, None, 0, 0, []),
+        (None, None, 0, 8, ["this node has 8 GPUs, and the job may use none of them: ask for "]),
+        (None, "", 0, 8, []),
+        ("2", "", 0, 8, []),
+    ],
+)
+def test_gpus_are_those_that_were_asked_for(
+    given: str | None, visible: str | None, gpus: int, there: int, told: list[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    for name, value in (("SLURM_GPUS_ON_NODE", given), ("CUDA_VISIBLE_DEVICES", visible)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(roll_call, "NVIDIA", tmp_path)
+    for number in range(there):
+        (tmp_path / f"0000:0{number}:00.0").mkdir()
+    found = list(roll_call._too_few_gpus(2, gpus))
+    assert [line[: len(start)] for line, start in zip(found, told, strict=True)] == told
 
 
 Take = Callable[..., list[str | None]]
@@ -111,7 +161,7 @@ def test_a_node_that_does_not_appear_is_named(
     told = take([0, 1], 3)
     assert told[0] == told[1]
     assert told[0] is not None
-    assert "node 2 (n3) did not appear in 2 s: is it down, or does it not see" in told[0]
+    assert "node 2 (n3) did not appear in 3 s: is it down, or does it not see" in told[0]
     assert roll_call.bad_hosts(tmp_path, 0) == ["n3"]
 
 

@@ -1,6 +1,7 @@
 """What the SLURM launcher makes of its arguments, and what a batch script is told."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from dist_sft import batch_job, lease, runs, slurm
-from dist_sft.batch_job import Job
+from dist_sft.batch_job import Fate, Job
 from dist_sft.config import read_recipe
 from dist_sft.errors import UserError
 from dist_sft.runs import Outcome
@@ -47,6 +48,11 @@ SIZE = ["--nodes=2", "--workers-per-node=8"]
         ("train --exclusive r.yaml --nodes=1-2", "train r.yaml --nodes=1-2", "--exclusive"),
         ("train r.yaml -A me -pgpu seed=1", "train r.yaml seed=1", "-A me -pgpu"),
         ("train r.yaml --export ALL,A=1 --dry-run", "train r.yaml --dry-run", "--export ALL,A=1"),
+        (
+            "train r.yaml --wait-all-nodes=1 --exclude n1",
+            "train r.yaml",
+            "--wait-all-nodes=1 --exclude n1",
+        ),
     ],
 )
 def test_what_is_not_ours_goes_to_sbatch(given: str, ours: str, sbatch: str) -> None:
@@ -58,16 +64,22 @@ def test_what_is_not_ours_goes_to_sbatch(given: str, ours: str, sbatch: str) -> 
     [
         ("--ntasks-per-node=8", "--workers-per-node"),
         ("-n", "--workers-per-node"),
+        ("-n8", "--workers-per-node"),
+        ("-N4", "--nodes"),
+        ("-a0-3", "--sweep"),
         ("--signal=B:TERM@10", "--lead"),
+        ("--sig=B:TERM@10", "--lead"),
         ("--array=0-3", "--sweep"),
         ("--no-requeue", "--no-put-back"),
+        ("--test-only", "--dry-run"),
+        ("-o", "run_dir, which has the logs"),
     ],
 )
 def test_what_would_break_a_run_is_refused(
     option: str, instead: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert slurm.main(["train", "recipe.yaml", *SIZE, option]) == runs.WRONG_INPUT
-    name = option.partition("=")[0]
+    name = option.partition("=")[0] if option.startswith("--") else option[:2]
     assert capsys.readouterr().err == (
         f"{name}: this option of sbatch is set by dist_sft; use {instead}\n"
     )
@@ -78,8 +90,10 @@ def test_a_dry_run_prints_what_would_be_used(
 ) -> None:
     options = ["--partition", "a100", "--time=12:00:00", "--lead=600", "--dry-run"]
     assert slurm.main(["train", "recipe.yaml", "seed=7", *SIZE, *options]) == 0
-    printed = capsys.readouterr().out.replace(str(here), "HERE")
-    printed = printed.replace(str(slurm.files()), "SLURM")
+    captured = capsys.readouterr()
+    assert captured.err == "no GPUs are asked for (--gpus-per-node): workers run on CPUs\n"
+    printed = captured.out.replace(str(here), "HERE").replace(runs.code_revision(), "REVISION")
+    printed = printed.replace(str(slurm.files()), "SLURM").replace(sys.executable, "PYTHON")
     config = read_recipe("recipe.yaml", ["job=train", "seed=7"]).to_json()
     for text in (config, (slurm.files() / "site.sh").read_text()):
         assert text in printed
@@ -152,6 +166,12 @@ def job(restart: int = 0, number: int = 7, hosts: str = "n1 n2") -> Job:
     return Job.me(environment)
 
 
+RUNS = Fate(runs=True, timed_out=False, preempted=False)
+PREEMPTED = Fate(runs=True, timed_out=False, preempted=True)
+TIMED_OUT = Fate(runs=False, timed_out=True, preempted=False)
+ENDED = Fate(runs=False, timed_out=False, preempted=False)
+
+
 def ended(run_dir: Path, attempt: int, code: int, reason: str = "so it was") -> None:
     runs.write_outcome(run_dir, attempt, Outcome(code, reason, 3))
     (run_dir / lease.NAME).unlink(missing_ok=True)
@@ -163,52 +183,96 @@ def saved(run_dir: Path, attempt: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "asked", "decision"),
+    ("code", "asked", "fate", "decision"),
     [
-        (runs.FINISHED, "", "exit 0"),
-        (runs.FINISHED, "USR1", "exit 0"),
-        (runs.STOPPED, "USR1", "requeue"),
-        (runs.STOPPED, "TERM", "exit 75"),
-        (runs.STOPPED, "", "exit 75"),
-        (runs.FAILED, "", "requeue"),
-        (runs.WRONG_INPUT, "", "exit 2"),
+        (runs.FINISHED, "", RUNS, "exit 0"),
+        (runs.FINISHED, "USR1", RUNS, "exit 0"),
+        (runs.FINISHED, "TERM", ENDED, "exit 0"),
+        (runs.STOPPED, "USR1", RUNS, "requeue"),
+        (runs.STOPPED, "", PREEMPTED, "requeue"),
+        (runs.STOPPED, "", RUNS, "exit 75"),
+        (runs.STOPPED, "TERM", RUNS, "exit 75"),
+        (runs.STOPPED, "TERM", ENDED, "wait"),
+        (runs.STOPPED, "USR1", ENDED, "wait"),
+        (runs.STOPPED, "TERM", TIMED_OUT, "requeue-ended"),
+        (runs.FAILED, "", RUNS, "requeue"),
+        (runs.FAILED, "USR1", RUNS, "requeue"),
+        (runs.FAILED, "TERM", ENDED, "wait"),
+        (runs.FAILED, "TERM", TIMED_OUT, "requeue-ended"),
+        (runs.WRONG_INPUT, "", RUNS, "exit 2"),
     ],
 )
-def test_what_becomes_of_a_job(run_dir: Path, code: int, asked: str, decision: str) -> None:
+def test_what_becomes_of_a_job(
+    run_dir: Path, code: int, asked: str, fate: Fate, decision: str
+) -> None:
     assert batch_job.begin(run_dir, job()) == 0
     ended(run_dir, 0, code)
-    assert batch_job.end(run_dir, 0, asked) == decision
+    assert batch_job.end(run_dir, 0, asked, fate) == decision
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "fate"),
+    [
+        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=None A=b c", "", RUNS),
+        ("JobState=RUNNING Reason=None PreemptTime=2026-11-25T00:02:09", "", PREEMPTED),
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=0 PreemptTime=None", "TERM", TIMED_OUT),
+        ("JobState=COMPLETING Reason=None Restarts=1", "TERM", ENDED),
+        ("", "USR1", RUNS),
+        ("", "TERM", ENDED),
+    ],
+)
+def test_what_slurm_has_in_mind(text: str, asked: str, fate: Fate) -> None:
+    """As scontrol of SLURM 22.05 said it."""
+    assert Fate.parse(text, asked) == fate
 
 
 def test_an_attempt_that_said_nothing_is_repeated(run_dir: Path) -> None:
     assert batch_job.begin(run_dir, job()) == 0
-    assert batch_job.end(run_dir, 0, "") == "requeue"
+    assert batch_job.end(run_dir, 0, "", RUNS) == "requeue"
 
 
 def test_a_stop_is_never_put_back(run_dir: Path) -> None:
     assert batch_job.begin(run_dir, job()) == 0
     (run_dir / "STOP").touch()
     ended(run_dir, 0, runs.STOPPED)
-    assert batch_job.end(run_dir, 0, "USR1") == "exit 75"
-    for again in ({"job": job(restart=1)}, {"job": job(), "link": True}):
-        with pytest.raises(UserError, match="STOP asks this run to stop"):
-            batch_job.begin(run_dir, **again)
-    assert batch_job.begin(run_dir, job(number=8)) == 1, "a person submitted it again"
-    assert not (run_dir / "STOP").exists()
+    assert batch_job.end(run_dir, 0, "USR1", RUNS) == "exit 75"
+    for again in (job(restart=1), job(number=8)):
+        with pytest.raises(
+            UserError, match=r"STOP asks this run to stop; `launch/slurm\.py resume"
+        ):
+            batch_job.begin(run_dir, again)
+    assert slurm.main(["train", "recipe.yaml", *SIZE, "--prepare"]) == 0
+    assert batch_job.begin(run_dir, job(number=8)) == 1, "a person prepared it again"
+
+
+def test_a_preempted_attempt_is_not_in_vain(run_dir: Path) -> None:
+    for attempt in range(4):
+        assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
+        ended(run_dir, attempt, runs.STOPPED, "before the workers could write a checkpoint")
+        assert batch_job.end(run_dir, attempt, "USR1", PREEMPTED) == "requeue"
+    for attempt, decision in ((4, "requeue"), (5, "exit 75")):
+        assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
+        ended(run_dir, attempt, runs.STOPPED, "before the workers could write a checkpoint")
+        assert batch_job.end(run_dir, attempt, "USR1", RUNS) == decision
+
+
+def test_a_job_of_several_kinds_of_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match="heterogeneous jobs"):
+        Job.me({"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2"})
 
 
 def test_too_many_attempts_in_vain(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert batch_job.begin(run_dir, job()) == 0
     ended(run_dir, 0, runs.FAILED)
-    assert batch_job.end(run_dir, 0, "") == "requeue"
+    assert batch_job.end(run_dir, 0, "", RUNS) == "requeue"
     assert batch_job.begin(run_dir, job(restart=1)) == 1
     saved(run_dir, 1)
     ended(run_dir, 1, runs.FAILED)
-    assert batch_job.end(run_dir, 1, "") == "requeue"
+    assert batch_job.end(run_dir, 1, "", RUNS) == "requeue"
     for attempt in (2, 3):
         assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
         ended(run_dir, attempt, runs.FAILED, "the loss is nan")
-        decision = batch_job.end(run_dir, attempt, "")
+        decision = batch_job.end(run_dir, attempt, "", RUNS)
     assert decision == "exit 1"
     told = (
         "gave up: 2 attempts of job 7 in a row brought no new checkpoint (--restarts: 1). "
@@ -233,11 +297,11 @@ def test_bad_nodes_are_kept_out(run_dir: Path) -> None:
     verdict = {"nodes": [], "problems": ["n2: so and so"], "bad": ["n2"]}
     (runs.attempt_dir(run_dir, 0) / "roll_call.json").write_text(json.dumps(verdict))
     ended(run_dir, 0, runs.FAILED)
-    assert batch_job.end(run_dir, 0, "") == "requeue n2"
+    assert batch_job.end(run_dir, 0, "", RUNS) == "requeue n2"
     launch = runs.read_launch(run_dir)
     launch.options["exclude_bad_nodes"] = False
     runs.write_launch(run_dir, launch)
-    assert batch_job.end(run_dir, 0, "") == "requeue"
+    assert batch_job.end(run_dir, 0, "", RUNS) == "requeue"
 
 
 def test_a_finished_run_is_not_begun(run_dir: Path) -> None:

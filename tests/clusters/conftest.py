@@ -3,23 +3,39 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, slurm_cluster, unavailable
 
 
-@pytest.fixture(scope="session")
-def shared_slurm() -> Iterator[Cluster]:
-    """Start 4 nodes, or skip the test where that can't be: in CI it must."""
-    if reason := unavailable():
+@contextmanager
+def cluster(nodes: int, **features: Any) -> Iterator[Cluster]:
+    """Start a cluster, or skip the test where that can't be: in CI it must."""
+    if reason := unavailable(accounting=features.get("accounting", False)):
         if os.environ.get("DIST_SFT_REQUIRE_CLUSTERS") == "1":
             pytest.fail(f"DIST_SFT_REQUIRE_CLUSTERS is set, but no SLURM cluster: {reason}")
         pytest.skip(f"no SLURM cluster: {reason}")
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         Path(name).chmod(0o755)
-        with slurm_cluster(Path(name), nodes=4) as cluster:
-            yield cluster
+        with slurm_cluster(Path(name), nodes, **features) as started:
+            yield started
+
+
+@pytest.fixture(scope="session")
+def shared_slurm() -> Iterator[Cluster]:
+    """Start 4 nodes."""
+    with cluster(4) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def rich_slurm() -> Iterator[Cluster]:
+    """Start 2 nodes with GPUs, accounting, and no signal at a preemption but TERM."""
+    with cluster(2, accounting=True, gpus=2, preempt_signal=False) as started:
+        yield started
 
 
 @pytest.fixture

@@ -50,18 +50,25 @@ class ClusterFailed(AssertionError):
 
 @contextmanager
 def slurm_cluster(
-    state: Path, nodes: int = 4, *, accounting: bool = False, gpus: int = 0, extra_conf: str = ""
+    state: Path,
+    nodes: int = 4,
+    *,
+    accounting: bool = False,
+    gpus: int = 0,
+    preempt_signal: bool = True,
+    extra_conf: str = "",
 ) -> Iterator["Cluster"]:
     """Run a cluster of nodes n1, n2, ... for as long as the context lasts.
 
     `state` is a folder for its configuration, sockets and logs, which stay; all users must be able
     to pass it, and it must be short, since a socket's path ends at 108 characters. `accounting`
     adds slurmdbd, for sacct. `gpus` are devices each node claims to have; no CUDA sees them.
-    `extra_conf` is put at the end of slurm.conf.
+    `preempt_signal`: a job that is preempted gets the signal of its --signal, otherwise its tasks
+    get TERM. `extra_conf` is put at the end of slurm.conf.
     """
     cluster = Cluster(state, nodes)
     try:
-        cluster.start(accounting, gpus, extra_conf)
+        cluster.start(accounting, gpus, preempt_signal, extra_conf)
         yield cluster
     finally:
         cluster.stop()
@@ -119,7 +126,7 @@ class Cluster:
         done = self.run("sbatch", "--parsable", *arguments, user=user, cwd=cwd, env=env)
         return int(done.stdout.split(";")[0])
 
-    def show(self, job: int) -> dict[str, str]:
+    def show(self, job: int | str) -> dict[str, str]:
         """Return what `scontrol show job` says; values end at a space."""
         done = self.run("scontrol", "--oneliner", "show", "job", str(job))
         return dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
@@ -182,9 +189,10 @@ class Cluster:
             self.bring_up(name)
         self._until(self._is_idle_without_jobs, "the cluster is idle")
 
-    def start(self, accounting: bool, gpus: int, extra_conf: str) -> None:
+    def start(self, accounting: bool, gpus: int, preempt_signal: bool, extra_conf: str) -> None:
         """Start the machines and wait until the nodes are idle."""
-        slurm_conf.write(self.folder, len(self.addresses), accounting, gpus, extra_conf)
+        nodes = len(self.addresses)
+        slurm_conf.write(self.folder, nodes, accounting, gpus, preempt_signal, extra_conf)
         ctl = self._machines["ctl"] = Machine("ctl", slurm_conf.CTL, self.folder / "log")
         # The nodes' mounts begin as copies of these.
         for number, (private, needed) in enumerate(_private_folders().items()):

@@ -44,7 +44,7 @@ PriorityType=priority/basic
 # By partition. Without preempt_send_user_signal the preempted job gets TERM for its --signal.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+{preempt_signal}
 
 # A node that says nothing for SlurmdTimeout seconds is down and its jobs are requeued.
 SlurmdTimeout=6
@@ -96,7 +96,9 @@ def addresses(nodes: int) -> dict[str, str]:
     return {f"n{i}": f"{NETWORK}.{i}" for i in range(1, nodes + 1)}
 
 
-def write(folder: Path, nodes: int, accounting: bool, gpus: int, extra_conf: str) -> None:
+def write(
+    folder: Path, nodes: int, accounting: bool, gpus: int, preempt_signal: bool, extra_conf: str
+) -> None:
     """Write all files, and make the folders that they name."""
     for name in ("etc", "log", "munge", "run", *(f"spool/{n}" for n in ("ctl", *addresses(nodes)))):
         (folder / name).mkdir(parents=True)
@@ -112,6 +114,7 @@ def write(folder: Path, nodes: int, accounting: bool, gpus: int, extra_conf: str
         cpus=CPUS,
         megabytes=MEGABYTES,
         megabytes_per_cpu=MEGABYTES // CPUS,
+        preempt_signal="SlurmctldParameters=preempt_send_user_signal" if preempt_signal else "",
         accounting=ACCOUNTING_CONF.format(folder=folder) if accounting else "",
         gpu_types="GresTypes=gpu" if gpus else "",
         gpus=f" Gres=gpu:{gpus}" if gpus else "",

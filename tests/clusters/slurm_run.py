@@ -44,6 +44,16 @@ class Submitted(NamedTuple):
             assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}\n{self.explain()}"
             time.sleep(0.05)
 
+    def signal(self, name: str, task: str = "") -> None:
+        """Send a signal to the batch shell, as SLURM does before the time limit."""
+        self.cluster.run("scancel", f"--signal={name}", "--batch", f"{self.job}{task}")
+
+    def wait_for_restart(self) -> None:
+        """Wait until SLURM has put the job back once."""
+        self.wait_until(
+            lambda: self.cluster.show(self.job)["Restarts"] == "1", "a second start", 90
+        )
+
     def finish(self, state: str = "COMPLETED", seconds: float = 120) -> None:
         """Wait until the job has ended, well unless told otherwise."""
         try:
@@ -93,11 +103,10 @@ def told(cluster: Cluster, recipe: Path, text: str) -> Submitted:
 
 def by_hand(cluster: Cluster, run_dir: Path, *options: str) -> Submitted:
     """Submit a prepared run folder by sbatch alone."""
-    environment = ENVIRONMENT | {"DIST_SFT_PYTHON": sys.executable}
     output = f"--output={run_dir}/logs/slurm-%j.out"
     script = ROOT / "slurm/train.sbatch"
     job = cluster.submit(
-        "--nodes=2", "--exclusive", output, *options, script, run_dir, env=environment
+        "--nodes=2", "--exclusive", output, *options, script, run_dir, env=ENVIRONMENT
     )
     return Submitted(cluster, run_dir, job)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from slurm_run import (
 )
 
 from dist_sft import manifest, report, runs
+from dist_sft.config import read_config_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 matrix = pytest.mark.matrix
@@ -70,12 +72,13 @@ def test_two_nodes_do_as_one_machine(slurm: Cluster, whole: Path, recipe: Path) 
 
 @matrix
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
-def test_four_nodes_with_two_workers_do_as_one_machine(
-    slurm: Cluster, tmp_path: Path, deepspeed: str
+@pytest.mark.parametrize(("nodes", "workers"), [("2", 1), ("4", 2)])
+def test_more_nodes_do_as_one_machine(
+    slurm: Cluster, tmp_path: Path, nodes: str, workers: int, deepspeed: str
 ) -> None:
     here, there = (make(tmp_path, n, 20, deepspeed=deepspeed) for n in ("here", "there"))
-    whole = run_here(here, workers=8)
-    run = submit(slurm, there, nodes="4", workers=2)
+    whole = run_here(here, workers=int(nodes) * workers)
+    run = submit(slurm, there, nodes=nodes, workers=workers)
     run.finish(seconds=240)
     check_like(whole, run, attempts=1, steps=20)
 
@@ -87,7 +90,7 @@ def test_usr1_saves_and_goes_on_in_the_same_job(slurm: Cluster, whole: Path, rec
     told = slurm.run(*command, env=ENVIRONMENT).stdout
     assert f"job {run.job}: RUNNING\n" in told
     assert re.search(rf"^step \d+ of {STEPS}: .*; left: 0:0", told, re.MULTILINE)
-    slurm.run("scancel", "--signal=USR1", "--batch", str(run.job))
+    run.signal("USR1")
     outcome = stopped(run, 0)
     assert outcome.reason.startswith("stopped by signal SIGUSR1 ")
     run.finish()
@@ -97,15 +100,47 @@ def test_usr1_saves_and_goes_on_in_the_same_job(slurm: Cluster, whole: Path, rec
     assert f"continuing after step {outcome.step} " in run.log
 
 
+def preempt(run: Submitted, nodes: int) -> None:
+    """Let a job of a higher partition take all nodes for a moment."""
+    run.wait_for_step(EVERY + 10)
+    other = run.cluster.submit(
+        *("--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null"),
+        "--wrap=sleep 3",
+    )
+    run.cluster.wait_for(other, "COMPLETED")
+
+
 @matrix
 def test_a_preempted_job_goes_on_later(slurm: Cluster, whole: Path, recipe: Path) -> None:
     run = submit(slurm, recipe, "--partition", "low")
-    run.wait_for_step(EVERY + 10)
-    other = slurm.submit(
-        "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
-    )
-    slurm.wait_for(other, "COMPLETED")
+    preempt(run, nodes=4)
     stopped(run, 0)
+    run.finish()
+    check_like(whole, run, attempts=2)
+
+
+def test_a_job_whose_workers_alone_hear_of_a_preemption_goes_on_later(
+    rich_slurm: Cluster, whole: Path, recipe: Path
+) -> None:
+    """Without preempt_send_user_signal; its state is known from the accounting afterwards."""
+    run = submit(rich_slurm, recipe, "--partition", "low")
+    preempt(run, nodes=2)
+    assert stopped(run, 0).reason.startswith("stopped by signal SIGTERM ")
+    run.finish()
+    check_like(whole, run, attempts=2)
+    assert json.loads((run.run_dir / "logs/attempt-0/slurm.json").read_text())["preempted"]
+    done = rich_slurm.run(
+        *(sys.executable, "-m", "dist_sft.cli", "status", run.run_dir), env=ENVIRONMENT
+    )
+    assert f"job {run.job}: COMPLETED, exit code 0, after 00:0" in done.stdout
+
+
+@matrix
+def test_a_job_that_is_preempted_without_grace_goes_on_later(
+    rich_slurm: Cluster, whole: Path, recipe: Path
+) -> None:
+    run = submit(rich_slurm, recipe, "--partition", "kill")
+    preempt(run, nodes=2)
     run.finish()
     check_like(whole, run, attempts=2)
 
@@ -129,10 +164,9 @@ def test_a_node_that_dies_is_replaced(
     run = submit(slurm, recipe)
     run.wait_for_step(EVERY + 10)
     slurm.kill_node(node, how)
-    run.wait_until(lambda: slurm.show(run.job)["Restarts"] == "1", "a second start", 90)
+    run.wait_for_restart()
     run.finish()
-    check_whole(run, attempts=len(runs.attempts(run.run_dir)))
-    check_like(whole, run, attempts=2 if how != "slurmd" else len(runs.attempts(run.run_dir)))
+    check_like(whole, run, attempts=2)
     hosts = json.loads((run.run_dir / "logs/attempt-1/slurm.json").read_text())["hosts"]
     assert node not in hosts
 
@@ -145,7 +179,7 @@ def test_what_lives_on_a_cut_off_node_commits_nothing(slurm: Cluster, tmp_path: 
     run = submit(slurm, there, nodes="1", workers=2)
     run.wait_for_step(EVERY + 10)
     slurm.kill_node("n1", "net")
-    run.wait_until(lambda: slurm.show(run.job)["Restarts"] == "1", "a second start", 90)
+    run.wait_for_restart()
     run.wait_until(lambda: runs.read_outcome(run.run_dir, 0) is not None, "the orphan ends", 90)
     orphan = runs.read_outcome(run.run_dir, 0)
     assert orphan is not None
@@ -162,7 +196,7 @@ def test_a_dead_node_that_stays_dead_is_done_without(
     run = submit(slurm, recipe, "--exclude=n3,n4", nodes="1-2")
     run.wait_for_step(EVERY + 10)
     slurm.kill_node("n2", "power")
-    run.wait_until(lambda: slurm.show(run.job)["Restarts"] == "1", "a second start", 90)
+    run.wait_for_restart()
     run.finish()
     check_whole(run, attempts=2)
     assert json.loads((run.run_dir / "logs/attempt-1/slurm.json").read_text())["hosts"] == ["n1"]
@@ -184,6 +218,7 @@ def test_a_cancelled_job_is_not_put_back_and_continues_when_submitted_again(
     outcome = stopped(run, 0)
     assert outcome.reason.startswith("stopped by signal SIGTERM ")
     slurm.wait_for(run.job, "CANCELLED")
+    cancelled_job = run.job
 
     run = submit(slurm, recipe)
     run.wait_for_step(outcome.step + 10)
@@ -203,6 +238,68 @@ def test_a_cancelled_job_is_not_put_back_and_continues_when_submitted_again(
     run = told(slurm, recipe, launch(slurm, "resume", run.run_dir).stdout)
     run.finish()
     check_like(whole, run, attempts=3)
+    assert slurm.state(cancelled_job) == "CANCELLED"
+    assert slurm.show(cancelled_job)["Restarts"] == "0"
+
+
+# What the commands of a job run in, as a container: slow where the test says so.
+SLOW = """#!/bin/sh
+case "$*" in *"batch_job {command}"*)
+    if mkdir "{folder}/{command}" 2>/dev/null; then sleep 6; fi
+esac
+exec "$@"
+"""
+
+
+def slow_site(folder: Path, command: str) -> str:
+    """Return the option for a site where the first `command` of the batch shell takes long."""
+    (folder / "slow.sh").write_text(SLOW.format(folder=folder, command=command))
+    (folder / "slow.sh").chmod(0o755)
+    (folder / "site.sh").write_text(f"in_job=('{folder}/slow.sh')\n")
+    return f"--site={folder}/site.sh"
+
+
+@matrix
+def test_a_job_that_is_cancelled_while_it_decides_stays_cancelled(
+    slurm: Cluster, tmp_path: Path, recipe: Path
+) -> None:
+    run = submit(slurm, recipe, slow_site(tmp_path, "end"))
+    run.wait_for_step(EVERY + 10)
+    run.signal("USR1")
+    run.wait_until((tmp_path / "end").exists, "the batch shell asks what to do")
+    slurm.run("scancel", str(run.job))
+    slurm.wait_for(run.job, "CANCELLED")
+    time.sleep(8)  # longer than a job waits that was put back
+    assert slurm.show(run.job)["Restarts"] == "0"
+    assert slurm.state(run.job) == "CANCELLED"
+    assert runs.attempts(run.run_dir) == [0]
+
+
+@matrix
+def test_a_signal_before_workers_start_puts_the_job_back(
+    slurm: Cluster, tmp_path: Path, whole: Path, recipe: Path
+) -> None:
+    run = submit(slurm, recipe, slow_site(tmp_path, "begin"))
+    run.wait_until((tmp_path / "begin").exists, "the batch shell begins")
+    run.signal("USR1")
+    run.finish()
+    assert slurm.show(run.job)["Restarts"] == "1"
+    check_like(whole, run, attempts=2)
+
+
+@matrix
+def test_a_worker_that_cannot_save_in_time_is_not_waited_for(
+    slurm: Cluster, whole: Path, recipe: Path
+) -> None:
+    run = submit(slurm, recipe, "--time=1")
+    run.wait_for_step(EVERY + 10)
+    stop = "kill -STOP $(pgrep -f 'dist_sft[.]train')"
+    slurm.run("sh", "-c", stop, on="n2")
+    run.signal("USR1")
+    run.wait_for_restart()
+    assert "not all workers have ended in time; the job ends without them" in run.log
+    run.finish()
+    check_like(whole, run, attempts=2)
 
 
 def test_a_crash_loop_ends(slurm: Cluster, recipe: Path) -> None:
@@ -221,38 +318,69 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(
     last = submit(slurm, recipe, "--chain", "3")
     first = Submitted(slurm, last.run_dir, last.job - 2)
     first.wait_for_step(EVERY + 10)
-    slurm.run("scancel", "--signal=USR1", "--batch", str(first.job))
+    first.signal("USR1")
     first.finish("FAILED")
     last.finish()
     check_like(whole, last, attempts=2)
     assert "is finished already" in last.log
 
 
-def test_a_sweep_is_an_array_of_runs(slurm: Cluster, tmp_path: Path) -> None:
-    recipe = make(tmp_path, "sweep", 12)
-    run = submit(slurm, recipe, "--sweep", "optimizer.lr=1e-3,2e-3")
-    run.finish()
-    folders = [run.run_dir / f"optimizer.lr={value}" for value in ("1e-3", "2e-3")]
-    assert sorted(path for path in run.run_dir.iterdir() if "lr" in path.name) == folders
-    losses = []
-    for folder in folders:
-        assert runs.read_outcome(folder, 0) == runs.Outcome(0, "finished", 12)
-        losses.append([line["loss"] for line in report.read_steps(folder / "metrics.jsonl")])
-    assert losses[0][0] == losses[1][0]
-    assert losses[0][-1] != losses[1][-1]
+BUSY_CONTROLLER = """
+scontrol() {{
+    if [ "$1" = requeue ] && mkdir "{folder}/busy" 2>/dev/null; then
+        echo "Unable to contact slurm controller" >&2
+        return 1
+    fi
+    command scontrol "$@"
+}}
+"""
 
 
-@matrix
+def test_a_sweep_is_an_array_of_runs_with_lives_of_their_own(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    """One is put back, at a second try, and one is cancelled."""
+    (tmp_path / "site.sh").write_text(BUSY_CONTROLLER.format(folder=tmp_path))
+    recipe = make(tmp_path, "sweep")
+    values = "optimizer.lr=1e-3,2e-3"
+    array = submit(slurm, recipe, "--sweep", values, f"--site={tmp_path}/site.sh")
+    first, second = (
+        Submitted(slurm, array.run_dir / f"optimizer.lr={value}", array.job)
+        for value in ("1e-3", "2e-3")
+    )
+    for run in (first, second):
+        run.wait_for_step(EVERY + 10)
+    first.signal("USR1", task="_0")
+    told = launch(slurm, "cancel", second.run_dir).stdout
+    assert f"jobs that run save and stop: {array.job}_1\n" in told
+    assert stopped(second, 0).reason.startswith("stopped by STOP file ")
+    first.wait_until(lambda: runs.is_finished(read_config_json(first.run_dir)), "the end", 120)
+    check_whole(first, attempts=2)
+    assert (tmp_path / "busy").exists()
+    assert [slurm.show(f"{array.job}_{task}")["Restarts"] for task in (0, 1)] == ["1", "0"]
+    assert runs.attempts(second.run_dir) == [0]
+    losses = [report.read_steps(run.run_dir / "metrics.jsonl") for run in (first, second)]
+    assert losses[0][0]["loss"] == losses[1][0]["loss"]
+    assert losses[0][EVERY]["loss"] != losses[1][EVERY]["loss"]
+
+
 def test_a_job_of_another_user(slurm: Cluster, everyones_folder: Path) -> None:
+    """It gets no variable from the one who submits, and copies the data to a disk of the node."""
     recipe = make(everyones_folder, "run", 12)
+    exports = " ".join(f"{name}='{value}'" for name, value in ENVIRONMENT.items())
+    scratch = everyones_folder / "scratch"
+    site = everyones_folder / "site.sh"
+    site.write_text(f'export {exports} DIST_SFT_SCRATCH="{scratch}/$SLURM_JOB_ID"\n')
     for path in (everyones_folder, *everyones_folder.rglob("*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
-    size = ("--nodes=2", "--workers-per-node=1")
+    size = ("--nodes=2", "--workers-per-node=1", "--export=NONE", f"--site={site}")
     done = launch(slurm, "train", recipe, *size, user="nobody")
     run = told(slurm, recipe, done.stdout)
     run.finish()
     check_whole(run, attempts=1, steps=12)
     assert manifest.folder_of(run.run_dir, 12).owner() == "nobody"
+    assert [path.name for path in scratch.iterdir()] == [str(run.job)]
+    assert list(scratch.glob("*/*/meta.json"))
 
 
 FAKE_GPU = """#!/bin/sh
@@ -260,15 +388,35 @@ FAKE_GPU = """#!/bin/sh
 """
 
 
+def site_with_a_gpu(folder: Path) -> str:
+    """Return the option for a site where n2 has a GPU, and no other node."""
+    (folder / "bin").mkdir()
+    (folder / "bin/nvidia-smi").write_text(FAKE_GPU)
+    (folder / "bin/nvidia-smi").chmod(0o755)
+    site = folder / "site.sh"
+    site.write_text(f"export PATH={folder}/bin:$PATH\nunset CUDA_VISIBLE_DEVICES\n")
+    return f"--site={site}"
+
+
+def test_gpus_that_are_not_as_asked(rich_slurm: Cluster, tmp_path: Path) -> None:
+    recipe = make(tmp_path, "run", 12)
+    options = (site_with_a_gpu(tmp_path), "--gpus-per-node=2", "--restarts=0")
+    run = submit(rich_slurm, recipe, *options, workers=2)
+    run.finish("FAILED")
+    for line in (
+        "n1: --workers-per-node is 2, SLURM gave this job 2 GPUs on this node, and 0 are visible",
+        "n2: --workers-per-node is 2, SLURM gave this job 2 GPUs on this node, and 1 are visible",
+        "GPUs: ",
+        "gave up: 1 attempts of job",
+    ):
+        assert line in run.log
+    assert not run.steps()
+
+
 def test_a_bad_node_is_named_and_kept_out(slurm: Cluster, tmp_path: Path) -> None:
     """One of three nodes has a GPU, and the others have none."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/nvidia-smi").write_text(FAKE_GPU)
-    (tmp_path / "bin/nvidia-smi").chmod(0o755)
-    site = tmp_path / "site.sh"
-    site.write_text(f"export PATH={tmp_path}/bin:$PATH\nunset CUDA_VISIBLE_DEVICES\n")
     recipe = make(tmp_path, "run", 12)
-    options = (f"--site={site}", "--exclude-bad-nodes", "--exclude=n4")
+    options = (site_with_a_gpu(tmp_path), "--exclude-bad-nodes", "--exclude=n4")
     run = submit(slurm, recipe, *options, nodes="2-3")
     run.finish()
     assert "GPUs: n2 has 1; the other 2 have 0" in run.log
@@ -288,4 +436,21 @@ def test_a_job_whose_time_is_up_is_put_back(slurm: Cluster, tmp_path: Path) -> N
     assert outcome is not None
     assert outcome.reason.startswith("stopped by signal SIGUSR1 ")
     run.finish(seconds=240)
+    check_like(run_here(here), run, len(runs.attempts(run.run_dir)), steps)
+
+
+@matrix
+def test_a_job_whose_time_is_up_without_a_warning_is_put_back(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    steps = 6000
+    here, there = (make(tmp_path, name, steps) for name in ("here", "there"))
+    launch(slurm, "train", there, "--nodes=2", "--workers-per-node=1", "--prepare")
+    run = by_hand(slurm, there.with_suffix(""), "--time=1", "--signal=B:CONT@1")
+    run.wait_until(lambda: runs.read_outcome(run.run_dir, 0) is not None, "a stop", 120)
+    outcome = runs.read_outcome(run.run_dir, 0)
+    assert outcome is not None
+    assert outcome.reason.startswith("stopped by signal SIGTERM ")
+    run.finish(seconds=240)
+    assert int(slurm.show(run.job)["Restarts"]) >= 1
     check_like(run_here(here), run, len(runs.attempts(run.run_dir)), steps)
