@@ -26,6 +26,7 @@ import psutil
 from dist_sft import lease, process, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
+from dist_sft.preflight import named_gpus
 from dist_sft.stopping import Relay
 from dist_sft.watchdog import FOLDER, Watchdog
 
@@ -89,8 +90,7 @@ def count_gpus() -> int:
     """Count this node's visible GPUs without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        none = ("", "-1", "NoDevFiles")  # the last one is SLURM's
-        return len([name for name in visible.split(",") if name.strip() not in none])
+        return len(named_gpus(visible))
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

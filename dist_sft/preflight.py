@@ -14,6 +14,8 @@ from pathlib import Path
 from dist_sft.config import Recipe
 from dist_sft.paths import FILE_TYPES, is_local, near_matches
 
+NO_GPU = ("", "-1", "NoDevFiles")  # the last one is SLURM's
+
 
 def missing_paths(recipe: Recipe) -> list[str]:
     """Return a line per path of the recipe that can only be a local one and does not exist.
@@ -63,6 +65,11 @@ def machine_mistakes(
             "number on CPU"
         )
     return mistakes
+
+
+def named_gpus(visible: str) -> list[str]:
+    """Return the GPUs that a value of CUDA_VISIBLE_DEVICES names."""
+    return [name for name in map(str.strip, visible.split(",")) if name not in NO_GPU]
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str, str]]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dist_sft import __version__
 from dist_sft.errors import UserError
+from dist_sft.preflight import named_gpus
 
 T = TypeVar("T")
 
@@ -45,7 +46,10 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Read the variables that torchrun sets."""
+        """Read the variables that torchrun sets.
+
+        Raises UserError where this process was given GPUs, but has none that work.
+        """
         env = os.environ
         local_rank = int(env["LOCAL_RANK"])
         if torch.cuda.is_available():
@@ -53,6 +57,13 @@ class Place:
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
+            visible = env.get("CUDA_VISIBLE_DEVICES", "")
+            if named_gpus(visible):
+                raise UserError(
+                    f"CUDA_VISIBLE_DEVICES={visible} gives this worker GPUs, but torch "
+                    f"{torch.__version__} finds none that works: is it a build for CPUs, or is the "
+                    "driver missing (in a container: --nv)? An empty value means to train on CPUs"
+                )
         node_rank, nodes = int(env["GROUP_RANK"]), int(env["GROUP_WORLD_SIZE"])
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         return cls(rank, local_rank, node_rank, nodes, world_size, device)

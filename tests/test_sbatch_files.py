@@ -14,7 +14,9 @@ SCRIPTS = sorted(
 
 WRONG = {
     r"^#SBATCH.*\$": "sbatch expands no variable",
-    r"(\|\|\s*(echo\s+)?|:-|MASTER_ADDR=)[\"']?(localhost|127\.0\.0\.1)": "every node would form its own world",
+    r"(\|\|\s*(echo\s+)?|:-|MASTER_ADDR=)[\"']?(localhost|127\.0\.0\.1)": (
+        "every node would form its own world"
+    ),
     r"\$\{?SLURM_(PROCID|NODEID|LOCALID)": "expanded in the batch shell, where it is 0",
     r"MASTER_PORT=[\"']?\d+[\"']?\s*$": "two jobs on a node would meet at the same port",
     r"\b(grep|awk|sed)\b.*\.(yaml|yml|json)": "YAML and JSON are not lines",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import run_ranks
 
+from dist_sft.errors import UserError
 from dist_sft.world import Place, disagreements
 
 PROGRAM = Path(__file__).parent / "ranks" / "agreement.py"
@@ -73,6 +74,25 @@ def test_place_comes_from_the_variables_of_the_launcher(monkeypatch: pytest.Monk
     for name, value in here.items():
         monkeypatch.setenv(name, str(value))
     assert Place.from_environment() == Place(5, 1, 2, 3, 8, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "refused"),
+    [("0,1", True), ("GPU-d7a2", True), ("", False), ("-1", False), ("NoDevFiles", False)],
+)
+def test_gpus_that_do_not_work_are_no_reason_to_train_on_cpus(
+    visible: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if refused:
+        with pytest.raises(UserError, match=rf"CUDA_VISIBLE_DEVICES={visible} gives this worker"):
+            Place.from_environment()
+    else:
+        assert Place.from_environment().device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("odd_rank", [None, 1])
