@@ -47,6 +47,7 @@ def on_this_node(path: Path, name: str, say: Say) -> Path:
     """Copy a store to the node's own disk, where DIST_SFT_SCRATCH names a folder on it.
 
     Every byte of the copy is compared with what was written; one that is there already is used.
+    Where there is no room for it, the store itself is.
     """
     scratch = os.environ.get("DIST_SFT_SCRATCH")
     if not scratch:
@@ -59,6 +60,14 @@ def on_this_node(path: Path, name: str, say: Say) -> Path:
         return Store.open(near, name=name, digest=sha256).path
 
     near = Path(scratch) / path.name
+    Path(scratch).mkdir(parents=True, exist_ok=True)
+    needed, free = sum(p.stat().st_size for p in path.iterdir()), shutil.disk_usage(scratch).free
+    if needed > free and not near.exists():
+        say(
+            f"DIST_SFT_SCRATCH={scratch}: {name} needs {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: it is read from {path}"
+        )
+        return path
     return make_once(near, make=copy, load=load, what=f"the copy of {name} in {scratch}", say=say)
 
 

@@ -172,10 +172,17 @@ def _status(options: argparse.Namespace) -> None:
 def _stop(options: argparse.Namespace) -> None:
     from dist_sft.lease import is_gone, read
     from dist_sft.runs import read_launch
+    from dist_sft.slurm_queue import jobs_of, states_of
 
-    read_launch(options.run_dir)  # or it is no run folder
-    held = read(options.run_dir)
+    run_dir: Path = options.run_dir
+    read_launch(run_dir)  # or it is no run folder
+    held = read(run_dir)
     if held is None or is_gone(held.owner):
-        raise UserError(f"nobody works on {options.run_dir}: there is nothing to stop")
-    (options.run_dir / "STOP").touch()
-    print(f"{options.run_dir} stops after its step; `dist-sft status {options.run_dir}` tells")
+        waiting = ", ".join(states_of(jobs_of(run_dir)))
+        if not waiting:
+            raise UserError(f"nobody works on {run_dir}: there is nothing to stop")
+        (run_dir / "STOP").touch()
+        print(f"{run_dir} will not start: `launch/slurm.py cancel {run_dir}` ends job {waiting}")
+        return
+    (run_dir / "STOP").touch()
+    print(f"{run_dir} stops after its step; `dist-sft status {run_dir}` tells")

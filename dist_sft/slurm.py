@@ -22,10 +22,9 @@ from dist_sft import launching, lease, preflight, runs, slurm_queue
 from dist_sft.batch_job import DEFAULT_RESTARTS
 from dist_sft.config import Recipe, read_config_json, read_recipe
 from dist_sft.errors import UserError
-from dist_sft.slurm_queue import jobs_of, states_of
+from dist_sft.slurm_queue import SWEEP, jobs_of, states_of
 
 LEAD_SECONDS = 300
-SWEEP = "sweep.txt"
 STOP_SECONDS = 300.0  # what `cancel` gives a run to save
 FLAGS = ("-H", "--hold", "--contiguous", "--exclusive", "--get-user-env", "--ignore-pbs", "--nice",
          "-O", "--overcommit", "-s", "--oversubscribe", "-Q", "--quiet", "--reboot",
@@ -362,10 +361,8 @@ def cancel(folder: Path) -> int:
     jobs = states_of(jobs_of(folder))
     if not jobs:
         raise UserError(f"{folder} has no job in the queue")
-    listed = folder / SWEEP
-    targets = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else [folder]
-    for target in map(Path, targets):
-        (target / "STOP").touch()  # first: a job that starts now stops at once
+    for run_dir in slurm_queue.runs_of(folder):
+        (run_dir / "STOP").touch()  # first: a job that starts now stops at once
     waiting = [job for job, state in jobs.items() if state.startswith("PENDING")]
     _scancel(waiting)
     left = jobs.keys() - set(waiting)
@@ -387,8 +384,7 @@ def _scancel(jobs: list[str]) -> None:
 
 def resume(folder: Path) -> int:
     """Submit the job of a run folder again, with the options that it was launched with."""
-    listed = folder / SWEEP
-    if listed.exists():
+    if slurm_queue.runs_of(folder) != [folder]:
         raise UserError(f"{folder} is a sweep; give the same command again, or resume single runs")
     launch = runs.read_launch(folder)
     if launch.launcher != "slurm":

@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_sft.errors import UserError
 
 FILE = "jobs.jsonl"
+SWEEP = "sweep.txt"
 SECONDS = 120.0  # a busy controller may need that long
 
 
@@ -37,6 +38,16 @@ def jobs_of(folder: Path) -> list[str]:
     if not path.exists():
         return []
     return [json.loads(text)["job"] for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Return the run folders of a sweep, in the order of its job array, or the folder itself."""
+    listed = folder / SWEEP
+    if not listed.exists():
+        return [folder]
+    # They are in the sweep's folder, wherever that has been seen from when it was written.
+    lines = listed.read_text(encoding="utf-8").splitlines()
+    return [folder / Path(line).name for line in lines]
 
 
 def states_of(jobs: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,10 @@ from dist_sft import lease, manifest, report, runs, slurm_queue
 
 
 def status(run_dir: Path) -> list[str]:
-    """Return lines for a person. Raises UserError for a folder that is no run."""
+    """Return lines for a person, of every run of a sweep; raises UserError where there is none."""
+    folders = slurm_queue.runs_of(run_dir)
+    if folders != [run_dir]:
+        return [line for folder in folders for line in (*status(folder), "")][:-1]
     launch, held = runs.read_launch(run_dir), lease.read(run_dir)
     return [
         f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "

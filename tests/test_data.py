@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,8 @@ def test_a_nodes_own_disk_gets_a_verified_copy(
     assert "the copy of rows in" in said[-1]
     assert "made again" in said[-1]
     assert (near / "tokens.u32").read_bytes() == (shared / "tokens.u32").read_bytes()
+
+    monkeypatch.setenv("DIST_SFT_SCRATCH", str(tmp_path / "full"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert data.on_this_node(shared, "rows", said.append) == shared
+    assert "and 0.0 GB are free: it is read from" in said[-1]

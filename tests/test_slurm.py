@@ -1,7 +1,9 @@
 """What the SLURM launcher makes of its arguments, and what a batch script is told."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_sft import batch_job, lease, runs, slurm
+from dist_sft import batch_job, cli, lease, runs, slurm, slurm_queue, status
 from dist_sft.batch_job import Fate, Job
 from dist_sft.config import read_recipe
 from dist_sft.errors import UserError
@@ -146,6 +148,79 @@ def test_a_sweep_has_a_folder_for_every_combination(here: Path) -> None:
         config = json.loads((here / folder / "config.json").read_text())
         assert f"{folder}".endswith(f"seed={config['seed']}")
         assert (here / folder / "site.sh").exists()
+
+
+# ---- what SLURM says ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """Put an answer into the mouth of a command of SLURM's; return what it was asked."""
+
+    def answers(stdout: str = "", stderr: str = "", code: int = 0) -> list[list[str]]:
+        asked = []
+
+        def call(words: list[str]) -> subprocess.CompletedProcess[str]:
+            asked.append(words)
+            return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+        monkeypatch.setattr(slurm_queue, "call", call)
+        return asked
+
+    return answers
+
+
+Says = Callable[..., list[list[str]]]
+
+
+def test_states_of_all_jobs_are_asked_for_at_once(says: Says) -> None:
+    asked = says("7_0 RUNNING None\n7_1 PENDING Resources\n9 PENDING Nodes required are DOWN\n")
+    assert slurm_queue.states_of(["7", "9"]) == {
+        "7_0": "RUNNING",
+        "7_1": "PENDING (Resources)",
+        "9": "PENDING (Nodes required are DOWN)",
+    }
+    assert len(asked) == 1
+    assert "--jobs=7,9" in asked[0]
+    says("7_0 RUNNING None\n7_1 PENDING Resources\n")
+    assert slurm_queue.describe("7") == "0 RUNNING, 1 PENDING (Resources)"
+
+
+def test_a_controller_that_does_not_answer_is_not_an_empty_queue(says: Says, run_dir: Path) -> None:
+    slurm_queue.note(run_dir, job="7")
+    says(stderr="slurm_load_jobs error: Invalid job id specified\n", code=1)
+    slurm.refuse_a_second_job(run_dir)
+    says(stderr="slurm_load_jobs error: Unable to contact slurm controller\n", code=1)
+    with pytest.raises(UserError, match="squeue: slurm_load_jobs error: Unable to contact"):
+        slurm.refuse_a_second_job(run_dir)
+    (told,) = [line for line in status.status(run_dir) if line.startswith("job 7: ")]
+    assert told.startswith("job 7: not known here: squeue: slurm_load_jobs error: Unable")
+
+
+def test_a_run_that_waits_in_the_queue_can_be_stopped(
+    says: Says, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm_queue.note(run_dir, job="7")
+    says("7 PENDING BeginTime\n")
+    assert cli.main(["stop", str(run_dir)]) == 0
+    told = f"{run_dir} will not start: `launch/slurm.py cancel {run_dir}` ends job 7\n"
+    assert told in capsys.readouterr().out
+    assert (run_dir / "STOP").exists()
+
+
+def test_the_status_of_a_sweep_is_that_of_its_runs(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axis = "--sweep=data.template=alpaca,chat/ml.jinja"
+    (here / "chat").mkdir()
+    (here / "chat/ml.jinja").write_text("")
+    assert slurm.main(["train", "recipe.yaml", *SIZE, axis, "--prepare"]) == 0
+    assert cli.main(["status", "runs/my run"]) == 0
+    told = capsys.readouterr().out
+    for name in ("alpaca", "chat_ml.jinja"):
+        assert f"runs/my run/data.template={name}: launched by slurm, nodes: 2" in told
+    folders = [Path(f"runs/my run/data.template={name}") for name in ("alpaca", "chat_ml.jinja")]
+    assert slurm_queue.runs_of(Path("runs/my run")) == folders
 
 
 # ---- what a batch script asks ----------------------------------------------------------------
