@@ -1,9 +1,8 @@
 """What the batch shell of a SLURM job asks before and after its workers. Imports no torch.
 
-    python -m dist_sft.batch_job begin RUN_DIR            prints the attempt that it claimed
+    python -m dist_sft.batch_job begin RUN_DIR            prints "attempt N", or "finished"
     python -m dist_sft.batch_job end RUN_DIR ATTEMPT      prints what to do:
-        requeue [HOSTS]         put the job, which runs, back in the queue, without these hosts
-        requeue-ended           put it back although SLURM has ended it
+        requeue [HOSTS]         put the job back in the queue, without these hosts
         wait                    let SLURM do what it has decided
         exit CODE
 
@@ -18,15 +17,18 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dist_sft import lease, roll_call, runs
+from dist_sft import lease, roll_call, runs, slurm_queue
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 
 FILE = "slurm.json"
+GOES_ON = frozenset({"CONFIGURING", "RESIZING", "RUNNING", "SIGNALING", "STOPPED", "SUSPENDED"})
+"""States of a job that nobody is ending."""
 DEFAULT_RESTARTS = 3
 """How many starts of a job in a row may bring no new checkpoint, where the launch does not say."""
 
@@ -35,7 +37,8 @@ DEFAULT_RESTARTS = 3
 class Job:
     """The SLURM job that an attempt is part of; `slurm.json` in the attempt's folder."""
 
-    job: int
+    job: str
+    """Its number, for a task of an array ARRAY_TASK."""
     restart: int
     hosts: list[str]
     preempted: bool = False
@@ -46,8 +49,9 @@ class Job:
         """Read SLURM's variables, and the hosts that the batch shell found; raises UserError."""
         if "SLURM_HET_SIZE" in environment:
             raise UserError("heterogeneous jobs (`:` between options of sbatch) are not supported")
+        array, task = (environment.get(f"SLURM_ARRAY_{key}_ID") for key in ("JOB", "TASK"))
         return cls(
-            int(environment["SLURM_JOB_ID"]),
+            f"{array}_{task}" if task else environment["SLURM_JOB_ID"],
             int(environment.get("SLURM_RESTART_COUNT") or 0),
             environment.get("DIST_SFT_HOSTS", "").split(),
         )
@@ -57,21 +61,21 @@ class Job:
 class Fate:
     """What SLURM has in mind with a job, as far as `scontrol show job` tells."""
 
-    runs: bool
-    timed_out: bool
-    preempted: bool
+    goes_on: bool | None
+    """Nobody is ending it; None where SLURM did not answer."""
+    timed_out: bool = False
+    preempted: bool = False
 
     @classmethod
-    def parse(cls, text: str, asked: str) -> Fate:
-        """Read the output of `scontrol --oneliner show job`; `asked` is the last signal.
+    def parse(cls, text: str) -> Fate:
+        """Read the output of `scontrol --oneliner show job`.
 
         A job that is being ended is COMPLETING, whatever it will be then: its time limit is told by
-        the reason. `PreemptTime` is there in the grace time of a preemption only. Where scontrol
-        said nothing, SLURM had decided before it sent TERM.
+        the reason. `PreemptTime` is there in the grace time of a preemption only.
         """
         facts = dict(re.findall(r"(\S+?)=(\S*)", text))
         return cls(
-            facts["JobState"] == "RUNNING" if "JobState" in facts else asked != "TERM",
+            facts["JobState"] in GOES_ON if "JobState" in facts else None,
             facts.get("Reason") == "TimeLimit",
             facts.get("PreemptTime", "None") != "None",
         )
@@ -104,6 +108,8 @@ def begin(run_dir: Path, job: Job) -> int | None:
     seen = lease.wait_until_free(run_dir, lambda line: print(line, file=sys.stderr))
     attempt = lease.claim(run_dir, seen)
     _write(run_dir, attempt, job)
+    if job.job not in slurm_queue.jobs_of(run_dir):  # somebody submitted it by sbatch itself
+        slurm_queue.note(run_dir, time=time.time(), job=job.job)
     if len(job.hosts) != launch.nodes:
         runs.record_change(run_dir, attempt, {"nodes": f"{launch.nodes} -> {len(job.hosts)}"})
         runs.write_launch(run_dir, replace(launch, nodes=len(job.hosts)))
@@ -121,25 +127,31 @@ def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
         _write(run_dir, attempt, replace(job, preempted=True))
     if code in (runs.FINISHED, runs.WRONG_INPUT):
         return f"exit {code}"
-    if not (fate.runs or fate.timed_out):
+    # Some signals reach the workers alone: `scancel --signal`, and the notice of a preemption where
+    # slurm.conf has no preempt_send_user_signal.
+    by = outcome.asked_by if outcome and outcome.asked_by else f"signal SIG{asked}"
+    time_is_up = by == "signal SIGUSR1" or fate.preempted or fate.timed_out
+    decided = not (fate.goes_on or fate.timed_out)
+    if fate.goes_on is None:  # SLURM is mute, but it sends TERM when it has decided
+        decided = by == "signal SIGTERM"
+    if decided:
         return "wait"
-    # Without preempt_send_user_signal it is the workers alone that hear of a preemption at once.
-    time_is_up = asked == "USR1" or fate.preempted or fate.timed_out
     options = runs.read_launch(run_dir).options
     may_requeue = options.get("requeue", True) and not (run_dir / "STOP").exists()
-    if not may_requeue or (code == runs.STOPPED and not time_is_up):
+    asked_to_end = code == runs.STOPPED or by == "signal SIGTERM"
+    if not may_requeue or (asked_to_end and not time_is_up):
         return f"exit {code}"
     reason = why_to_give_up(run_dir, job.job)
     if reason:
         print(reason, file=sys.stderr)
         return f"exit {code}"
-    if not fate.runs:
-        return "requeue-ended"
     bad = roll_call.bad_hosts(run_dir, attempt) if options.get("exclude_bad_nodes") else []
+    if bad:
+        print(f"going on without {', '.join(bad)} (--exclude-bad-nodes)", file=sys.stderr)
     return " ".join(["requeue", *bad])
 
 
-def why_to_give_up(run_dir: Path, job: int) -> str | None:
+def why_to_give_up(run_dir: Path, job: str) -> str | None:
     """Say why a job should not start again: too many of its last attempts brought no checkpoint."""
     restarts = runs.read_launch(run_dir).options.get("restarts", DEFAULT_RESTARTS)
     fruitful = _fruitful(run_dir)
@@ -192,12 +204,11 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.command == "end":
-            fate = Fate.parse(options.job, options.asked)
+            fate = Fate.parse(options.job)
             print(end(options.run_dir, options.attempt, options.asked, fate))
             return 0
         attempt = begin(options.run_dir, Job.me(os.environ))
-        if attempt is not None:
-            print(attempt)
+        print("finished" if attempt is None else f"attempt {attempt}")
         return 0
     except UserError as error:
         print(error, file=sys.stderr)

@@ -25,6 +25,7 @@ from dist_sft.runs import attempt_dir, attempts, start_attempt, write_atomically
 NAME = "lease.json"
 HEARTBEAT_SECONDS = 3.0
 EXPIRY_SECONDS = 20.0  # longer than file systems of clusters keep an old content
+START_SECONDS = 240.0  # from the claim of a batch script to the first heartbeat of its first node
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ def wait_until_free(run_dir: Path, say: Callable[[str], None] = print) -> Lease 
     What is returned is the lease that was left behind: `claim` takes the run only as it is now.
     """
     lease = read(run_dir)
-    if lease is None or is_gone(lease.owner):
+    if lease is None or (is_gone(lease.owner) and not _starts(lease)):
         return lease
-    say(f"{run_dir} belongs to {lease.owner}; watching for {EXPIRY_SECONDS:.0f} s if it is alive")
-    deadline = time.monotonic() + EXPIRY_SECONDS
+    seconds = START_SECONDS if _starts(lease) else EXPIRY_SECONDS
+    say(f"{run_dir} belongs to {lease.owner}; watching for {seconds:.0f} s if it is alive")
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         now = read(run_dir)
         if now is None:
@@ -164,6 +166,11 @@ def owns(run_dir: Path, attempt: int) -> bool:
     """Tell whether the lease is this attempt's."""
     lease = read(run_dir)
     return lease is not None and lease.attempt == attempt
+
+
+def _starts(lease: Lease) -> bool:
+    """Tell whether a batch script of another job claimed this and its nodes have yet to begin."""
+    return lease.heartbeat == 0 and lease.owner.job not in (None, Owner.me().job)
 
 
 def is_gone(owner: Owner) -> bool:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_sft import manifest
 from dist_sft.config import Recipe
 from dist_sft.paths import FILE_TYPES, is_local, near_matches
 
@@ -33,9 +34,16 @@ def checkpoint_bytes(recipe: Recipe) -> int | None:
     """Predict the size of a checkpoint: weights and two moments in float32, 12 bytes a parameter.
 
     The number of parameters is in the headers of the model's safetensors files
-    (https://huggingface.co/docs/safetensors); None where there are none yet.
+    (https://huggingface.co/docs/safetensors). Where the run has a checkpoint, its size is known.
+    None where neither is there: a model of the hub that is not here yet, or that is only a config.
     """
-    files = sorted(Path(recipe.model.path).glob("*.safetensors")) if recipe.model.path else []
+    known = manifest.folders(Path(recipe.run_dir))
+    if known:
+        return sum(path.stat().st_size for path in known[max(known)].iterdir())
+    folder = Path(recipe.model.path) if recipe.model.path else None
+    if folder is not None and (folder / "model").is_dir():  # of a finished run
+        folder /= "model"
+    files = sorted(folder.glob("*.safetensors")) if folder else []
     elements = 0
     for path in files:
         with path.open("rb") as file:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,10 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 FILE = "roll_call.json"
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 """Where the driver lists all GPUs of a machine, also those that this process may not use."""
+
+
+Verdict = dict[str, Any]
+"""Content of `roll_call.json`: nodes, problems and the bad hosts."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,22 @@ def take(
         if address and node_rank == 0:
             try:
                 stack.enter_context(_listening(address[1]))
-            except OSError as error:
-                problems.append(f"nobody can listen at port {address[1]}: {error.strerror}")
+            except OSError as error:  # another start has another port: it is no node's fault
+                why = os.strerror(error.errno or 0)
+                problem = f"{_host()}: nobody can listen at port {address[1]}: {why}"
+                verdict = _conclude(folder, [], [problem], [])
         elif address:
-            if _wait_for(_file(folder, 0), SECONDS) is None:
+            if _wait_for([_file(folder, 0), folder / FILE], SECONDS) is None:
                 raise NotTogether(_silence(run_dir))
-            unreachable = _way_to(address)
-        me = Node(node_rank, _host(), alike, problems, unreachable)
-        runs.write_atomically(_file(folder, node_rank), json.dumps(asdict(me)) + "\n")
-        if node_rank == 0:
+            verdict = _read(folder / FILE)
+            unreachable = _way_to(address) if verdict is None else None
+        if verdict is None:
+            me = Node(node_rank, _host(), alike, problems, unreachable)
+            runs.write_atomically(_file(folder, node_rank), json.dumps(asdict(me)) + "\n")
+        if verdict is None and node_rank == 0:
             verdict = _judge(folder, nodes)
-        else:
-            verdict = _wait_for(folder / FILE, SECONDS + 2 * CONNECT_SECONDS)
+        elif verdict is None:
+            verdict = _wait_for([folder / FILE], SECONDS + 2 * CONNECT_SECONDS)
     if verdict is None:
         raise NotTogether(_silence(run_dir))
     if verdict["problems"]:
@@ -110,8 +118,10 @@ def bad_hosts(run_dir: Path, attempt: int) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8"))["bad"] if path.exists() else []
 
 
-def compare(found: list[Node]) -> tuple[list[str], list[str]]:
-    """Return what is wrong, a line each, and the hosts to blame.
+def compare(
+    found: list[Node], missing: Mapping[int, str | None] | None = None
+) -> tuple[list[str], list[str]]:
+    """Return what is wrong, a line each, and the hosts to blame; `missing` are hosts by rank.
 
     What most nodes suffer from is a mistake in the recipe or of the cluster, and no node's fault.
     """
@@ -126,40 +136,56 @@ def compare(found: list[Node]) -> tuple[list[str], list[str]]:
             blamed.append([node.host for node in odd])
     cut_off = [node for node in found if node.unreachable]
     problems += [f"{node.host}: {node.unreachable}" for node in cut_off]
-    everybody = len(cut_off) == len(found) - 1 > 1
-    blamed.append([found[0].host] if everybody else [node.host for node in cut_off])
-    bad = [host for hosts in blamed if 2 * len(hosts) < len(found) for host in hosts]
+    missing = missing or {}
+    for rank, host in sorted(missing.items()):
+        problems.append(
+            f"node {rank}{f' ({host})' if host else ''} did not appear in "
+            f"{SECONDS + CONNECT_SECONDS:.0f} s: is it down, or does it not see the run folder?"
+        )
+    nodes = len(found) + len(missing)
+    for hosts in ([node.host for node in cut_off], [host for host in missing.values() if host]):
+        everybody = len(hosts) == nodes - 1 > 1
+        blamed.append([found[0].host] if everybody else hosts)
+    bad = [host for hosts in blamed if 2 * len(hosts) < nodes for host in hosts]
     return problems, list(dict.fromkeys(bad))
 
 
-def _judge(folder: Path, nodes: int) -> dict[str, Any]:
+def _judge(folder: Path, nodes: int) -> Verdict:
     found = dict[int, Node]()
     deadline = time.monotonic() + SECONDS + CONNECT_SECONDS
     while len(found) < nodes and time.monotonic() < deadline:
         for rank in set(range(nodes)).difference(found):
-            with contextlib.suppress(FileNotFoundError):
-                found[rank] = Node(**json.loads(_file(folder, rank).read_text(encoding="utf-8")))
+            content = _read(_file(folder, rank))
+            if content is not None:
+                found[rank] = Node(**content)
         time.sleep(0.1)
-    problems, bad = compare([node for _, node in sorted(found.items())])
-    for rank in sorted(set(range(nodes)).difference(found)):
-        host = _host_of(rank)
-        problems.append(
-            f"node {rank}{f' ({host})' if host else ''} did not appear in "
-            f"{SECONDS + CONNECT_SECONDS:.0f} s: is it down, or does it not see {folder}?"
-        )
-        bad += [host] if host else []
-    verdict = {"nodes": [asdict(node) for node in found.values()], "problems": problems, "bad": bad}
+    there = [node for _, node in sorted(found.items())]
+    missing = {rank: _host_of(rank) for rank in range(nodes) if rank not in found}
+    return _conclude(folder, there, *compare(there, missing))
+
+
+def _conclude(folder: Path, there: list[Node], problems: list[str], bad: list[str]) -> Verdict:
+    verdict = {"nodes": [asdict(node) for node in there], "problems": problems, "bad": bad}
     runs.write_atomically(folder / FILE, json.dumps(verdict, indent=1) + "\n")
     return verdict
 
 
-def _wait_for(path: Path, seconds: float) -> dict[str, Any] | None:
-    """Return the content of a file that another node writes, or None where it does not appear."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the content of a file that another node writes, or None where it is not there yet."""
+    with contextlib.suppress(OSError, ValueError):  # a server may answer late, or with half of it
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    return None
+
+
+def _wait_for(paths: list[Path], seconds: float) -> dict[str, Any] | None:
+    """Return the content of the first of these files that appears, or None where none does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return content
+        for path in paths:
+            content = _read(path)
+            if content is not None:
+                return content
         time.sleep(0.1)
     return None
 
@@ -232,7 +258,11 @@ def _too_few_gpus(workers: int, gpus: int) -> Iterator[str]:
 
 
 def _too_full(run_dir: Path, recipe: Recipe) -> Iterator[str]:
-    needed, free = checkpoint_bytes(recipe), shutil.disk_usage(run_dir).free
+    try:
+        needed, free = checkpoint_bytes(recipe), shutil.disk_usage(run_dir).free
+    except OSError as error:
+        yield f"{run_dir}: {error.strerror}"
+        return
     if needed is not None and free < needed:
         yield (
             f"{run_dir} has room for {free / 1e9:.1f} GB, and one checkpoint needs "

@@ -54,6 +54,8 @@ class Outcome:
     reason: str
     step: int
     """Last step that was taken, or -1 where nobody could say."""
+    asked_by: str | None = None
+    """What asked it to stop: "signal NAME" or "STOP file"."""
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -28,13 +28,15 @@ LEAD_SECONDS = 300
 STOP_SECONDS = 300.0  # what `cancel` gives a run to save
 FLAGS = ("-H", "--hold", "--contiguous", "--exclusive", "--get-user-env", "--ignore-pbs", "--nice",
          "-O", "--overcommit", "-s", "--oversubscribe", "-Q", "--quiet", "--reboot",
-         "--spread-job", "--use-min-nodes", "-v", "--verbose")  # fmt: skip
+         "--spread-job", "--stepmgr", "--use-min-nodes", "-v", "--verbose")  # fmt: skip
 """sbatch's options that take no value, or only one behind `=`; all others take one."""
 NOT_PASSED_ON = {
     "--ntasks": "--workers-per-node",
     "-n": "--workers-per-node",
     "--ntasks-per-node": "--workers-per-node",
     "--ntasks-per-gpu": "--workers-per-node",
+    "--gpus-per-task": "--gpus-per-node",
+    "--tres-per-task": "--gpus-per-node",
     "--array": "--sweep",
     "-a": "--sweep",
     "-N": "--nodes",
@@ -60,8 +62,7 @@ NOT_PASSED_ON = {
 }
 """Options of sbatch that the launcher sets itself, and what to give it instead."""
 CPUS = ("--exclusive", "--cpus-per-task", "-c", "--cpus-per-gpu", "--oversubscribe", "-s")
-GPUS = ("--gpus", "-G", "--gpus-per-node", "--gpus-per-task", "--gpus-per-socket", "--gres",
-        "--tres-per-node", "--tres-per-task")  # fmt: skip
+GPUS = ("--gpus", "-G", "--gpus-per-node", "--gpus-per-socket", "--gres", "--tres-per-node")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,6 +180,8 @@ class Plan:
     files: dict[Path, str]
     """What is written beside config.json and launch.json of the runs."""
     command: list[str]
+    tasks: list[int]
+    """Of a sweep, the numbers of the runs in the job array."""
 
     @property
     def folders(self) -> list[Path]:
@@ -200,6 +203,7 @@ def launch(options: argparse.Namespace, sbatch: list[str]) -> int:
     plan = make_plan(options, sbatch)
     if plan is None:
         return runs.FINISHED
+    _warn_of_a_short_time(options.lead, sbatch)
     if not any(_name(word) in GPUS for word in sbatch):
         print("no GPUs are asked for (--gpus-per-node): workers run on CPUs", file=sys.stderr)
     if options.dry_run:
@@ -209,7 +213,7 @@ def launch(options: argparse.Namespace, sbatch: list[str]) -> int:
     if options.prepare:
         print(f"prepared {plan.where}; to submit it:\n{shlex.join(plan.command)}")
         return runs.FINISHED
-    return submit(plan.where, plan.folders, plan.command, options.chain)
+    return submit(plan, options.chain)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -233,6 +237,10 @@ def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
     pairs = [(variant, launching.read(variant)) for variant in variants]
     for _, recipe in pairs:
         launching.refuse(preflight.missing_paths(recipe))
+    # Of a sweep that is launched again, with other values perhaps, all runs stay in the list.
+    older = slurm_queue.runs_of(where) if (where / SWEEP).exists() else []
+    listed = [folder.name for folder in older]
+    listed += [n for n in (Path(r.run_dir).name for _, r in pairs) if n not in listed]
     if not options.prepare:
         pairs = [pair for pair in pairs if not launching.is_finished(pair[1])]
     if not pairs:
@@ -252,15 +260,15 @@ def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
     folders = [Path(recipe.run_dir) for recipe, _ in planned]
     site = _site(options.site or files() / "site.sh")
     written = {folder / "site.sh": site for folder in folders}
+    tasks = [listed.index(folder.name) for folder in folders] if options.sweep else []
     if options.sweep:
-        written[where / SWEEP] = "".join(f"{folder}\n" for folder in folders)
-    command = command_for(where, told, tasks=len(folders) if options.sweep else 0)
-    return Plan(where, planned, written, command)
+        written[where / SWEEP] = "".join(f"{where.absolute() / name}\n" for name in listed)
+    return Plan(where, planned, written, command_for(where, told, tasks), tasks)
 
 
 def write(plan: Plan) -> None:
     """Write the run folders; raises UserError where somebody works on one of them."""
-    for folder in plan.folders:
+    for folder in {plan.where, *plan.folders}:
         refuse_a_second_job(folder)
     for recipe, launch in plan.runs:
         launching.write_run_folder(recipe, launch)
@@ -304,9 +312,8 @@ def sweep(options: argparse.Namespace) -> tuple[Path, list[argparse.Namespace]]:
     return where, variants
 
 
-def command_for(where: Path, told: dict[str, Any], tasks: int = 0) -> list[str]:
-    """Return the command that submits a run folder, or a sweep of so many `tasks`."""
-    folder = Path(told["folder"])
+def command_for(where: Path, told: dict[str, Any], tasks: Sequence[int] = ()) -> list[str]:
+    """Return the command that submits a run folder, or these tasks of a sweep."""
     options: list[str] = told["sbatch"]
     chosen = {_name(word) for word in options}
     return [
@@ -315,35 +322,44 @@ def command_for(where: Path, told: dict[str, Any], tasks: int = 0) -> list[str]:
         f"--job-name={where.name}",
         # One worker's share of a node is no default of SLURM's: it would give one core.
         *(["--exclusive"] if chosen.isdisjoint(CPUS) else []),
-        f"--chdir={folder}",
-        f"--output={folder / where}/logs/slurm-%j.out",
+        f"--chdir={told['folder']}",
+        f"--output={where.absolute()}/logs/slurm-{'%A_%a' if tasks else '%j'}.out",
         "--open-mode=append",
         "--requeue" if told["requeue"] else "--no-requeue",
-        *([f"--array=0-{tasks - 1}"] if tasks else []),
+        *([f"--array={','.join(map(str, tasks))}"] if tasks else []),
         *options,
         str(files() / "train.sbatch"),
-        str(where),
+        str(where.absolute()),
     ]
 
 
-def submit(where: Path, folders: list[Path], command: list[str], chain: int = 1) -> int:
+def submit(plan: Plan, chain: int = 1) -> int:
     """Submit the job, or a chain of them, and note its number; say how to follow it."""
+    # Inside of another job, its variables would be taken for options of this one.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
     before = None
     for link in range(chain):
-        words = list(command)
+        words = list(plan.command)
         if before is not None:
             words[1:1] = [f"--dependency=afterany:{before}"]
-        done = slurm_queue.call(words)
+        done = slurm_queue.call(words, env=environment)
         if done.returncode:
             raise UserError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
-        before = done.stdout.strip().partition(";")[0]
-        for folder in dict.fromkeys((where, *folders)):
-            # A run of a sweep is a task of the array.
-            job = before if folder == where else f"{before}_{folders.index(folder)}"
+        before = done.stdout.split()[-1].partition(";")[0]
+        noted = {plan.where: before}
+        for folder, task in zip(plan.folders, plan.tasks, strict=False):
+            noted[folder] = f"{before}_{task}"  # a run of a sweep
+        for folder, job in noted.items():
             slurm_queue.note(folder, time=time.time(), job=job, command=words)
-        print(f"job {before}: {where}" + (f", link {link + 1} of {chain}" if chain > 1 else ""))
-    log = next(word for word in command if word.startswith("--output=")).partition("=")[2]
-    print(f"its log: {log.replace('%j', str(before))}\nits state: dist-sft status {where}")
+        of = f", link {link + 1} of {chain}" if chain > 1 else ""
+        print(f"job {before}: {plan.where}{of}")
+    log = next(word for word in plan.command if word.startswith("--output=")).partition("=")[2]
+    print(f"its log: {log.replace('%j', str(before)).replace('%A', str(before))}")
+    print(f"its state: dist-sft status {plan.where}")
     return runs.FINISHED
 
 
@@ -361,18 +377,25 @@ def cancel(folder: Path) -> int:
     jobs = states_of(jobs_of(folder))
     if not jobs:
         raise UserError(f"{folder} has no job in the queue")
-    for run_dir in slurm_queue.runs_of(folder):
+    folders = slurm_queue.runs_of(folder)
+    for run_dir in folders:
         (run_dir / "STOP").touch()  # first: a job that starts now stops at once
     waiting = [job for job, state in jobs.items() if state.startswith("PENDING")]
     _scancel(waiting)
     left = jobs.keys() - set(waiting)
     if left:
         print(f"jobs that run save and stop: {', '.join(sorted(left))}", flush=True)
-        deadline = time.monotonic() + STOP_SECONDS
+        leads = [runs.read_launch(each).options.get("lead", 0) for each in folders]
+        deadline = time.monotonic() + max(STOP_SECONDS, *leads)
         while states_of(list(jobs)) and time.monotonic() < deadline:
             time.sleep(2)
         _scancel(list(states_of(list(jobs))))
-    print(f"ended: {', '.join(jobs)}; `launch/slurm.py resume {folder}` continues")
+    print(f"ended: {', '.join(jobs)}")
+    for run_dir in folders:
+        attempts = runs.attempts(run_dir)
+        outcome = runs.read_outcome(run_dir, attempts[-1]) if attempts else None
+        print(f"{run_dir}: {outcome.reason if outcome else 'no attempt has ended in order'}")
+    print(f"`launch/slurm.py resume {folder}` continues")
     return runs.FINISHED
 
 
@@ -389,13 +412,15 @@ def resume(folder: Path) -> int:
     launch = runs.read_launch(folder)
     if launch.launcher != "slurm":
         raise UserError(f"{folder} was launched by {launch.launcher}, not by launch/slurm.py")
-    if runs.is_finished(read_config_json(folder)):
+    recipe = read_config_json(folder)
+    if runs.is_finished(recipe):
         print(f"{folder} is finished already")
         return runs.FINISHED
     refuse_a_second_job(folder)
     lease.wait_until_free(folder)
     (folder / "STOP").unlink(missing_ok=True)
-    return submit(folder, [folder], command_for(folder, launch.options))
+    plan = Plan(folder, [(recipe, launch)], {}, command_for(folder, launch.options), [])
+    return submit(plan)
 
 
 def files() -> Path:
@@ -408,6 +433,30 @@ def files() -> Path:
 def _site(path: Path) -> str:
     """Return a site's file with the Python that launches, which it may replace by another one."""
     return f"python={shlex.quote(sys.executable)}\n{path.read_text(encoding='utf-8')}"
+
+
+def _warn_of_a_short_time(lead: int, sbatch: list[str]) -> None:
+    """Say where a job would hear at its start that its time is nearly up."""
+    words = [word for given in sbatch for word in given.split("=", 1)]
+    after = [b for a, b in itertools.pairwise(words) if a in ("--time", "-t")]
+    limit = seconds_of(after[-1]) if after else None
+    if limit is not None and limit <= lead + 60:  # SLURM may warn that much earlier
+        print(
+            f"--time: {after[-1]} leaves no time to train: the job saves and is put back {lead} to "
+            f"{lead + 60} s before its end (--lead)",
+            file=sys.stderr,
+        )
+
+
+def seconds_of(time_limit: str) -> int | None:
+    """Return the seconds of one of sbatch's forms of a time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdecimal() for part in (*parts, days or "0")) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    units = [3600, 60, 1] if dash or len(parts) == 3 else [60, 1]
+    return int(days or 0) * 86400 + sum(n * u for n, u in zip(numbers, units, strict=False))
 
 
 def _name(word: str) -> str:

@@ -37,7 +37,8 @@ def jobs_of(folder: Path) -> list[str]:
     path = folder / FILE
     if not path.exists():
         return []
-    return [json.loads(text)["job"] for text in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(json.loads(text)["job"] for text in lines))
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -45,7 +46,7 @@ def runs_of(folder: Path) -> list[Path]:
     listed = folder / SWEEP
     if not listed.exists():
         return [folder]
-    # They are in the sweep's folder, wherever that has been seen from when it was written.
+    # They are in the sweep's folder, wherever that may have moved.
     lines = listed.read_text(encoding="utf-8").splitlines()
     return [folder / Path(line).name for line in lines]
 
@@ -66,6 +67,16 @@ def states_of(jobs: Sequence[str]) -> dict[str, str]:
     for job, state, *reason in map(str.split, done.stdout.splitlines()):
         states[job] = state if reason in ([], ["None"]) else f"{state} ({' '.join(reason)})"
     return states
+
+
+def endings_of(job: str) -> list[str]:
+    """Return how each start of a job ended, oldest first, by the accounting; [] without one."""
+    options = ("--duplicates", "--allocations", "--noheader", "--parsable2")
+    try:
+        done = call(["sacct", f"--jobs={job}", *options, "--format=State"])
+    except UserError:
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def describe(job: str) -> str:

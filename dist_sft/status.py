@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
-from dist_sft import lease, manifest, report, runs, slurm_queue
+from dist_sft import batch_job, lease, manifest, report, runs, slurm_queue
 
 
 def status(run_dir: Path) -> list[str]:
@@ -45,7 +45,7 @@ def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:
     lines = []
     for attempt in runs.attempts(run_dir):
         outcome = runs.read_outcome(run_dir, attempt)
-        how = "no outcome: it was killed"
+        how = f"no outcome: it was killed{_slurms_word(run_dir, attempt)}"
         if held is not None and held.attempt == attempt and not lease.is_gone(held.owner):
             how = "works, if its owner is alive"
         if outcome is not None:
@@ -53,6 +53,13 @@ def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:
             how = f"exit code {outcome.code}, {reason}"
         lines.append(f"attempt {attempt}: {how}")
     return lines
+
+
+def _slurms_word(run_dir: Path, attempt: int) -> str:
+    """Return how SLURM says that an attempt ended, which itself could not."""
+    ran = batch_job.read(run_dir, attempt)
+    endings = slurm_queue.endings_of(ran.job) if ran else []
+    return f" (SLURM: {endings[ran.restart]})" if ran and ran.restart < len(endings) else ""
 
 
 def _progress(run_dir: Path) -> str:

@@ -200,7 +200,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 saver.save(step, streaks=guard.streaks)
                 how = "saved" if saver.finish() else "not saved (see the log), older ones are"
             by = stop.reason or "another rank"
-            return Outcome(runs.STOPPED, f"stopped by {by} after step {step}, which is {how}", step)
+            reason = f"stopped by {by} after step {step}, which is {how}"
+            return Outcome(runs.STOPPED, reason, step, asked_by=by)
 
         def evaluation() -> dict[str, float | None] | None:
             """Return the loss of every evaluation set by name; None where a stop cut it short."""
@@ -315,10 +316,12 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             tell(line | ({"eval_loss": evaluated} if evaluated else {}))
             if evaluated is None:
                 return stopped(step)
-            if lead is not None and seconds + saver.seconds > lead:
+            # The batch script keeps 30 s, or half of less, to put the job back.
+            if lead is not None and seconds + saver.seconds > max(lead - 30, lead / 2):
                 console.say(
-                    f"a step and a save take {seconds + saver.seconds:.0f} s, longer than the "
-                    f"{lead} s between SLURM's warning and its time limit: raise --lead"
+                    f"a step and a save take {seconds + saver.seconds:.1f} s, and of the {lead} s "
+                    "between SLURM's warning and its time limit 30 are for other things: raise "
+                    "--lead"
                 )
                 lead = None  # once is enough
             due = due or agreed.saving or is_due(step, recipe.checkpoint.every)

@@ -19,6 +19,7 @@
 #
 #     export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 #
-# A folder on every node's own disk, for a copy of the encoded data:
+# A folder on every node's own disk, for a verified copy of the encoded data; the next job uses it,
+# too, and nobody removes it:
 #
-#     export DIST_SFT_SCRATCH=/scratch/$SLURM_JOB_ID
+#     export DIST_SFT_SCRATCH=/scratch/$USER/dist_sft

@@ -129,6 +129,35 @@ def test_a_requeued_job_takes_over_from_itself_at_once(
     assert len(waits(tmp_path)) == 2
 
 
+def test_a_job_whose_nodes_have_yet_to_begin_has_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batch script claimed it; a container may have to be unpacked before the first node."""
+    monkeypatch.setattr(lease, "START_SECONDS", 3.0)
+    claims = "import sys; from pathlib import Path; from dist_sft import lease; "
+    claims += "lease.claim(Path(sys.argv[1]), None)"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    subprocess.run([sys.executable, "-c", claims, tmp_path], check=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+
+    def begins() -> None:
+        time.sleep(1)
+        with lease.hold(tmp_path, 0):
+            time.sleep(2)
+
+    node = threading.Thread(target=begins)
+    node.start()
+    with pytest.raises(UserError, match=r"in use by process \d+ on .*, job 7"):
+        waits(tmp_path)
+    node.join()
+
+    runs.attempt_dir(tmp_path, 0).rmdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    subprocess.run([sys.executable, "-c", claims, tmp_path], check=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert len(waits(tmp_path)) == 2, "it never began"
+
+
 def test_who_lost_the_lease_knows_and_does_not_take_it_back(tmp_path: Path) -> None:
     with lease.hold(tmp_path, 4) as lost:
         assert not lost.wait(0.2)

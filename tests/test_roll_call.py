@@ -67,6 +67,25 @@ def test_what_most_suffer_from_is_nobodys_fault() -> None:
 
 
 @pytest.mark.parametrize(
+    ("missing", "nodes", "blamed"),
+    [
+        ([2], 4, ["n2"]),
+        ([1, 2], 4, []),
+        ([1, 2, 3], 4, ["n0"]),
+        ([1], 2, []),
+        ([2, 3], 5, ["n2", "n3"]),
+    ],
+)
+def test_who_is_to_blame_for_nodes_that_do_not_appear(
+    missing: list[int], nodes: int, blamed: list[str]
+) -> None:
+    found = [node(rank) for rank in range(nodes) if rank not in missing]
+    problems, bad = compare(found, {rank: f"n{rank}" for rank in missing})
+    assert [said.partition(" did")[0] for said in problems] == [f"node {r} (n{r})" for r in missing]
+    assert bad == blamed
+
+
+@pytest.mark.parametrize(
     ("cut_off", "nodes", "blamed"),
     [([2], 4, ["n2"]), ([1, 2, 3], 4, ["n0"]), ([1, 2], 4, []), ([1], 2, []), ([1, 2], 3, ["n0"])],
 )
@@ -163,6 +182,30 @@ def test_a_node_that_does_not_appear_is_named(
     assert told[0] is not None
     assert "node 2 (n3) did not appear in 3 s: is it down, or does it not see" in told[0]
     assert roll_call.bad_hosts(tmp_path, 0) == ["n3"]
+
+
+def test_a_port_that_is_taken_is_no_nodes_fault(take: Take, tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        told = take([0, 1, 2], 3, port=port)
+    expected = f"{socket.gethostname()}: nobody can listen at port {port}: Address already in use"
+    assert told == [f"the nodes cannot work together:\n  {expected}"] * 3
+    assert roll_call.bad_hosts(tmp_path, 0) == []
+
+
+def test_a_file_that_is_half_written_is_waited_for(
+    take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, failures = Path.read_text, iter([OSError(116, "Stale file handle")] * 3)
+
+    def now_and_then(path: Path, **words: Any) -> str:
+        if path.name == "roll_call.json" and (failure := next(failures, None)):
+            raise failure
+        return read(path, **words)
+
+    monkeypatch.setattr(Path, "read_text", now_and_then)
+    assert take([0, 1], 2) == [None, None]
+    assert next(failures, None) is None
 
 
 def test_a_first_node_that_is_not_there_is_no_riddle(take: Take) -> None:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,34 @@ def recipe(**sections: Any) -> dict[str, Any]:
         "data": {"train": [{"path": "rows.json"}]},
         **sections,
     }
+
+
+class Says:
+    """Puts an answer into the mouth of SLURM's commands; keeps what they were given."""
+
+    environment: dict[str, str]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, stdout: str = "", stderr: str = "", code: int = 0) -> list[list[str]]:
+        asked = list[list[str]]()
+
+        def call(
+            words: list[str], env: dict[str, str] | None = None
+        ) -> subprocess.CompletedProcess[str]:
+            asked.append(words)
+            self.environment = env or {}
+            answer = "" if words[0] == "squeue" and "PENDING" not in stdout + stderr else stdout
+            return subprocess.CompletedProcess(words, code, answer, stderr)
+
+        self._monkeypatch.setattr(slurm_queue, "call", call)
+        return asked
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Says:
+    return Says(monkeypatch)
 
 
 SIZE = ["--nodes=2", "--workers-per-node=8"]
@@ -142,35 +169,71 @@ def test_a_sweep_has_a_folder_for_every_combination(here: Path) -> None:
     where = here / "runs/my run"
     listed = (where / "sweep.txt").read_text().splitlines()
     assert listed == [
-        f"runs/my run/optimizer.lr={lr},seed={seed}" for lr in ("1e-5", "2e-5") for seed in (1, 2)
+        f"{where}/optimizer.lr={lr},seed={seed}" for lr in ("1e-5", "2e-5") for seed in (1, 2)
     ]
     for folder in listed:
-        config = json.loads((here / folder / "config.json").read_text())
-        assert f"{folder}".endswith(f"seed={config['seed']}")
-        assert (here / folder / "site.sh").exists()
+        config = json.loads((Path(folder) / "config.json").read_text())
+        assert folder.endswith(f"seed={config['seed']}")
+        assert (Path(folder) / "site.sh").exists()
+
+
+def test_a_sweep_that_is_launched_again_leaves_no_run_out(
+    here: Path, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs keep their numbers, those that have finished are not submitted, and new ones follow."""
+    sweep = ["train", "recipe.yaml", *SIZE, "--sweep=seed=1,2,3"]
+    assert slurm.main([*sweep, "--prepare"]) == 0
+    where = here / "runs/my run"
+    finished = where / "seed=1"
+    monkeypatch.setattr(runs, "is_finished", lambda recipe: Path(recipe.run_dir).name == "seed=1")
+    asked = says("7\n")
+    assert slurm.main([*sweep[:-1], "--sweep=seed=1,3,4"]) == 0
+    (submitted,) = [words for words in asked if words[0] == "sbatch"]
+    assert "--array=2,3" in submitted
+    assert f"--output={where}/logs/slurm-%A_%a.out" in submitted
+    listed = (where / "sweep.txt").read_text().splitlines()
+    assert listed == [f"{where}/seed={seed}" for seed in (1, 2, 3, 4)]
+    assert slurm_queue.jobs_of(finished) == []
+    assert slurm_queue.jobs_of(where / "seed=4") == ["7_3"]
+    says("7_2 PENDING Resources\n")
+    assert slurm.main([*sweep[:-1], "--sweep=seed=5"]) == runs.WRONG_INPUT, "7_2 needs the list"
+
+
+def test_a_job_is_submitted_from_wherever(
+    here: Path, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "3")  # inside of another job
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    asked = says("7\n")
+    assert slurm.main(["train", "recipe.yaml", *SIZE]) == 0
+    (first,) = [words for words in asked if words[0] == "sbatch"]
+    assert {name for name in says.environment if "SLURM" in name} == {"SLURM_CONF"}
+    says("")
+    monkeypatch.chdir(here / "runs")
+    asked = says("8\n")
+    monkeypatch.setattr(slurm, "refuse_a_second_job", lambda folder: None)
+    assert slurm.main(["resume", "my run"]) == 0
+    assert asked == [first]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("1:00:00", 3600), ("2-1", 176400), ("1-1:1:1", 90061),
+     ("1-0:30", 88200), ("UNLIMITED", None), ("1:2:3:4", None)],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_sbatch_does(time: str, seconds: int | None) -> None:
+    assert slurm.seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(("time", "warns"), [(["--time=5"], True), (["-t", "10"], False)])
+def test_a_time_limit_that_the_lead_uses_up(
+    time: list[str], warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert slurm.main(["train", "recipe.yaml", *SIZE, *time, "--dry-run"]) == 0
+    assert ("--time: 5 leaves no time to train" in capsys.readouterr().err) == warns
 
 
 # ---- what SLURM says ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """Put an answer into the mouth of a command of SLURM's; return what it was asked."""
-
-    def answers(stdout: str = "", stderr: str = "", code: int = 0) -> list[list[str]]:
-        asked = []
-
-        def call(words: list[str]) -> subprocess.CompletedProcess[str]:
-            asked.append(words)
-            return subprocess.CompletedProcess(words, code, stdout, stderr)
-
-        monkeypatch.setattr(slurm_queue, "call", call)
-        return asked
-
-    return answers
-
-
-Says = Callable[..., list[list[str]]]
 
 
 def test_states_of_all_jobs_are_asked_for_at_once(says: Says) -> None:
@@ -241,14 +304,15 @@ def job(restart: int = 0, number: int = 7, hosts: str = "n1 n2") -> Job:
     return Job.me(environment)
 
 
-RUNS = Fate(runs=True, timed_out=False, preempted=False)
-PREEMPTED = Fate(runs=True, timed_out=False, preempted=True)
-TIMED_OUT = Fate(runs=False, timed_out=True, preempted=False)
-ENDED = Fate(runs=False, timed_out=False, preempted=False)
+RUNS, ENDED, MUTE = Fate(goes_on=True), Fate(goes_on=False), Fate(goes_on=None)
+PREEMPTED = Fate(goes_on=True, preempted=True)
+TIMED_OUT = Fate(goes_on=False, timed_out=True)
 
 
-def ended(run_dir: Path, attempt: int, code: int, reason: str = "so it was") -> None:
-    runs.write_outcome(run_dir, attempt, Outcome(code, reason, 3))
+def ended(
+    run_dir: Path, attempt: int, code: int, reason: str = "so it was", by: str | None = None
+) -> None:
+    runs.write_outcome(run_dir, attempt, Outcome(code, reason, 3, by))
     (run_dir / lease.NAME).unlink(missing_ok=True)
 
 
@@ -257,48 +321,59 @@ def saved(run_dir: Path, attempt: int) -> None:
         file.write(json.dumps({"attempt": attempt, "step": 3, "event": "checkpoint"}) + "\n")
 
 
+USR1, TERM, STOP = "signal SIGUSR1", "signal SIGTERM", "STOP file"
+
+
 @pytest.mark.parametrize(
-    ("code", "asked", "fate", "decision"),
+    ("code", "by", "asked", "fate", "decision"),
     [
-        (runs.FINISHED, "", RUNS, "exit 0"),
-        (runs.FINISHED, "USR1", RUNS, "exit 0"),
-        (runs.FINISHED, "TERM", ENDED, "exit 0"),
-        (runs.STOPPED, "USR1", RUNS, "requeue"),
-        (runs.STOPPED, "", PREEMPTED, "requeue"),
-        (runs.STOPPED, "", RUNS, "exit 75"),
-        (runs.STOPPED, "TERM", RUNS, "exit 75"),
-        (runs.STOPPED, "TERM", ENDED, "wait"),
-        (runs.STOPPED, "USR1", ENDED, "wait"),
-        (runs.STOPPED, "TERM", TIMED_OUT, "requeue-ended"),
-        (runs.FAILED, "", RUNS, "requeue"),
-        (runs.FAILED, "USR1", RUNS, "requeue"),
-        (runs.FAILED, "TERM", ENDED, "wait"),
-        (runs.FAILED, "TERM", TIMED_OUT, "requeue-ended"),
-        (runs.WRONG_INPUT, "", RUNS, "exit 2"),
+        (runs.FINISHED, None, "", RUNS, "exit 0"),
+        (runs.FINISHED, None, "USR1", RUNS, "exit 0"),
+        (runs.FINISHED, None, "TERM", ENDED, "exit 0"),
+        (runs.STOPPED, USR1, "USR1", RUNS, "requeue"),
+        (runs.STOPPED, USR1, "", RUNS, "requeue"),
+        (runs.STOPPED, USR1, "USR1", MUTE, "requeue"),
+        (runs.STOPPED, TERM, "", PREEMPTED, "requeue"),
+        (runs.STOPPED, TERM, "", RUNS, "exit 75"),
+        (runs.STOPPED, TERM, "", MUTE, "wait"),
+        (runs.STOPPED, TERM, "TERM", RUNS, "exit 75"),
+        (runs.STOPPED, TERM, "TERM", ENDED, "wait"),
+        (runs.STOPPED, TERM, "TERM", MUTE, "wait"),
+        (runs.STOPPED, USR1, "USR1", ENDED, "wait"),
+        (runs.STOPPED, TERM, "TERM", TIMED_OUT, "requeue"),
+        (runs.STOPPED, STOP, "", RUNS, "exit 75"),
+        (runs.STOPPED, STOP, "", MUTE, "exit 75"),
+        (runs.FAILED, None, "", RUNS, "requeue"),
+        (runs.FAILED, None, "", MUTE, "requeue"),
+        (runs.FAILED, None, "USR1", RUNS, "requeue"),
+        (runs.FAILED, None, "TERM", RUNS, "exit 1"),
+        (runs.FAILED, None, "TERM", ENDED, "wait"),
+        (runs.FAILED, None, "TERM", TIMED_OUT, "requeue"),
+        (runs.WRONG_INPUT, None, "", RUNS, "exit 2"),
     ],
 )
 def test_what_becomes_of_a_job(
-    run_dir: Path, code: int, asked: str, fate: Fate, decision: str
+    run_dir: Path, code: int, by: str | None, asked: str, fate: Fate, decision: str
 ) -> None:
     assert batch_job.begin(run_dir, job()) == 0
-    ended(run_dir, 0, code)
+    ended(run_dir, 0, code, by=by)
     assert batch_job.end(run_dir, 0, asked, fate) == decision
 
 
 @pytest.mark.parametrize(
-    ("text", "asked", "fate"),
+    ("text", "fate"),
     [
-        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=None A=b c", "", RUNS),
-        ("JobState=RUNNING Reason=None PreemptTime=2026-11-25T00:02:09", "", PREEMPTED),
-        ("JobState=COMPLETING Reason=TimeLimit Restarts=0 PreemptTime=None", "TERM", TIMED_OUT),
-        ("JobState=COMPLETING Reason=None Restarts=1", "TERM", ENDED),
-        ("", "USR1", RUNS),
-        ("", "TERM", ENDED),
+        ("JobId=7 JobState=RUNNING Reason=None PreemptTime=None A=b c", RUNS),
+        ("JobId=7 JobState=SUSPENDED Reason=None", RUNS),
+        ("JobState=RUNNING Reason=None PreemptTime=2026-11-25T00:02:09", PREEMPTED),
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=0 PreemptTime=None", TIMED_OUT),
+        ("JobState=COMPLETING Reason=None Restarts=1", ENDED),
+        ("", MUTE),
     ],
 )
-def test_what_slurm_has_in_mind(text: str, asked: str, fate: Fate) -> None:
+def test_what_slurm_has_in_mind(text: str, fate: Fate) -> None:
     """As scontrol of SLURM 22.05 said it."""
-    assert Fate.parse(text, asked) == fate
+    assert Fate.parse(text) == fate
 
 
 def test_an_attempt_that_said_nothing_is_repeated(run_dir: Path) -> None:
@@ -306,7 +381,7 @@ def test_an_attempt_that_said_nothing_is_repeated(run_dir: Path) -> None:
     assert batch_job.end(run_dir, 0, "", RUNS) == "requeue"
 
 
-def test_a_stop_is_never_put_back(run_dir: Path) -> None:
+def test_a_stop_is_never_put_back(run_dir: Path, says: Says) -> None:
     assert batch_job.begin(run_dir, job()) == 0
     (run_dir / "STOP").touch()
     ended(run_dir, 0, runs.STOPPED)
@@ -316,6 +391,7 @@ def test_a_stop_is_never_put_back(run_dir: Path) -> None:
             UserError, match=r"STOP asks this run to stop; `launch/slurm\.py resume"
         ):
             batch_job.begin(run_dir, again)
+    says()
     assert slurm.main(["train", "recipe.yaml", *SIZE, "--prepare"]) == 0
     assert batch_job.begin(run_dir, job(number=8)) == 1, "a person prepared it again"
 
@@ -323,12 +399,19 @@ def test_a_stop_is_never_put_back(run_dir: Path) -> None:
 def test_a_preempted_attempt_is_not_in_vain(run_dir: Path) -> None:
     for attempt in range(4):
         assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
-        ended(run_dir, attempt, runs.STOPPED, "before the workers could write a checkpoint")
+        ended(run_dir, attempt, runs.STOPPED, "before the workers could save", by=USR1)
         assert batch_job.end(run_dir, attempt, "USR1", PREEMPTED) == "requeue"
     for attempt, decision in ((4, "requeue"), (5, "exit 75")):
         assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
-        ended(run_dir, attempt, runs.STOPPED, "before the workers could write a checkpoint")
+        ended(run_dir, attempt, runs.STOPPED, "before the workers could save", by=USR1)
         assert batch_job.end(run_dir, attempt, "USR1", RUNS) == decision
+
+
+def test_a_task_of_an_array_has_a_number_of_its_own(run_dir: Path) -> None:
+    """Somebody submitted it by sbatch: status and cancel know it all the same."""
+    environment = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    assert batch_job.begin(run_dir, Job.me(environment)) == 0
+    assert slurm_queue.jobs_of(run_dir) == ["7_0"]
 
 
 def test_a_job_of_several_kinds_of_nodes_is_refused() -> None:
@@ -362,7 +445,7 @@ def test_too_many_attempts_in_vain(run_dir: Path, capsys: pytest.CaptureFixture[
 def test_the_nodes_that_there_are_count(run_dir: Path) -> None:
     assert batch_job.begin(run_dir, job(hosts="n3")) == 0
     assert runs.read_launch(run_dir).nodes == 1
-    assert batch_job.read(run_dir, 0) == Job(7, 0, ["n3"])
+    assert batch_job.read(run_dir, 0) == Job("7", 0, ["n3"])
     (line,) = (run_dir / "changes.jsonl").read_text().splitlines()
     assert json.loads(line)["nodes"] == "2 -> 1"
 

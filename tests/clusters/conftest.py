@@ -33,8 +33,9 @@ def shared_slurm() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def rich_slurm() -> Iterator[Cluster]:
-    """Start 2 nodes with GPUs, accounting, and no signal at a preemption but TERM."""
-    with cluster(2, accounting=True, gpus=2, preempt_signal=False) as started:
+    """Start 3 nodes with GPUs, accounting, and no signal at a preemption but TERM."""
+    conf = "KillWait=10"
+    with cluster(3, accounting=True, gpus=2, preempt_signal=False, extra_conf=conf) as started:
         yield started
 
 
@@ -43,6 +44,13 @@ def slurm(shared_slurm: Cluster) -> Iterator[Cluster]:
     """Give a test the cluster with all nodes idle; what it breaks is repaired after it."""
     yield shared_slurm
     shared_slurm.reset()
+
+
+@pytest.fixture
+def rich(rich_slurm: Cluster) -> Iterator[Cluster]:
+    """Give a test that cluster with all nodes idle."""
+    yield rich_slurm
+    rich_slurm.reset()
 
 
 @pytest.fixture

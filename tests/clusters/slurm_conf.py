@@ -65,6 +65,7 @@ PartitionName=DEFAULT Nodes=ALL DefaultTime=10 MaxTime=INFINITE State=UP
 PartitionName=main Default=YES PriorityTier=10 GraceTime=10
 PartitionName=low PriorityTier=1 GraceTime=10
 PartitionName=kill PriorityTier=1 GraceTime=0
+PartitionName=cancel PriorityTier=1 GraceTime=10 PreemptMode=CANCEL
 PartitionName=high PriorityTier=100 PreemptMode=OFF
 """
 

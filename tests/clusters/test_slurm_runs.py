@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from slurm_cluster import Cluster
@@ -65,6 +65,7 @@ def test_two_nodes_do_as_one_machine(slurm: Cluster, whole: Path, recipe: Path) 
     run = submit(slurm, recipe)
     run.finish()
     check_like(whole, run, attempts=1)
+    assert re.search(r"^all-reduce over 2 workers: [\d.]+ GB/s$", run.log, re.MULTILINE)
     called = json.loads((run.run_dir / "logs/attempt-0/roll_call.json").read_text())
     assert sorted(node["host"] for node in called["nodes"]) == ["n1", "n2"]
 
@@ -89,8 +90,22 @@ def test_more_nodes_do_as_one_machine(
     check_like(whole, run, attempts=1, steps=20)
 
 
-def test_usr1_saves_and_goes_on_in_the_same_job(slurm: Cluster, whole: Path, recipe: Path) -> None:
-    run = submit(slurm, recipe)
+# Commands of a job run in a container of its own, without any of SLURM's.
+CONTAINER = """#!/bin/sh
+exec unshare --mount sh -c '
+    for tool in sacct scancel scontrol squeue srun; do mount --bind /dev/null /usr/bin/$tool; done
+    echo "a banner"
+    exec "$@"' container "$@"
+"""
+
+
+def test_usr1_saves_and_goes_on_in_the_same_job(
+    slurm: Cluster, tmp_path: Path, whole: Path, recipe: Path
+) -> None:
+    (tmp_path / "container").write_text(CONTAINER)
+    (tmp_path / "container").chmod(0o755)
+    (tmp_path / "site.sh").write_text(f"in_job=({tmp_path}/container)\n")
+    run = submit(slurm, recipe, f"--site={tmp_path}/site.sh")
     run.wait_for_step(EVERY + 10)
     told = status(run)
     assert f"job {run.job}: RUNNING\n" in told
@@ -105,6 +120,53 @@ def test_usr1_saves_and_goes_on_in_the_same_job(slurm: Cluster, whole: Path, rec
     assert f"continuing after step {outcome.step} " in run.log
 
 
+@matrix
+def test_signals_of_a_person(slurm: Cluster, whole: Path, recipe: Path) -> None:
+    """USR1 to the workers alone puts the job back; TERM to the batch shell alone ends it."""
+    run = submit(slurm, recipe)
+    run.wait_for_step(EVERY + 10)
+    slurm.run("scancel", "--signal=USR1", str(run.job))
+    assert stopped(run, 0).asked_by == "signal SIGUSR1"
+    run.wait_for_restart()
+    run.wait_for_step(runs_on(run, 1) + 10)
+    run.signal("TERM")
+    assert stopped(run, 1).asked_by == "signal SIGTERM"
+    run.finish("FAILED")
+    assert slurm.show(run.job)["Restarts"] == "1"
+    run = told(slurm, recipe, launch(slurm, "resume", run.run_dir).stdout)
+    run.finish()
+    check_like(whole, run, attempts=3)
+
+
+@matrix
+def test_where_requeueing_is_forbidden_the_log_says_so(
+    slurm: Cluster, whole: Path, recipe: Path
+) -> None:
+    """By hand, and with options that make srun start more than one task on a node."""
+    launch(slurm, "train", recipe, "--nodes=2", "--workers-per-node=1", "--prepare")
+    run = by_hand(slurm, recipe.with_suffix(""), "--no-requeue", "--ntasks-per-node=2", "-c2")
+    run.wait_for_step(EVERY + 10)
+    run.signal("USR1")
+    run.finish("FAILED")
+    assert "this job cannot be put back in the queue (" in run.log
+    assert f"job {run.job}: " in status(run), "known, although sbatch submitted it"
+    run = by_hand(slurm, run.run_dir)
+    run.finish()
+    check_like(whole, run, attempts=2)
+
+
+def runs_on(run: Submitted, attempt: int) -> int:
+    """Wait until an attempt has begun; return the step it goes on from."""
+    metrics = run.run_dir / "metrics.jsonl"
+
+    def lines() -> list[dict[str, Any]]:
+        found = [json.loads(text) for text in metrics.read_text().splitlines()]
+        return [line for line in found if line["attempt"] == attempt and "event" not in line]
+
+    run.wait_until(lambda: bool(lines()), f"attempt {attempt}")
+    return int(lines()[0]["step"])
+
+
 def preempt(run: Submitted, nodes: int) -> None:
     """Let a job of a higher partition take all nodes for a moment."""
     run.wait_for_step(EVERY + 10)
@@ -116,8 +178,12 @@ def preempt(run: Submitted, nodes: int) -> None:
 
 
 @matrix
-def test_a_preempted_job_goes_on_later(slurm: Cluster, whole: Path, recipe: Path) -> None:
-    run = submit(slurm, recipe, "--partition", "low")
+@pytest.mark.parametrize("partition", ["low", "cancel"])
+def test_a_preempted_job_goes_on_later(
+    slurm: Cluster, whole: Path, recipe: Path, partition: str
+) -> None:
+    """Also where SLURM would only cancel it."""
+    run = submit(slurm, recipe, "--partition", partition)
     preempt(run, nodes=4)
     stopped(run, 0)
     run.finish()
@@ -125,11 +191,11 @@ def test_a_preempted_job_goes_on_later(slurm: Cluster, whole: Path, recipe: Path
 
 
 def test_a_job_whose_workers_alone_hear_of_a_preemption_goes_on_later(
-    rich_slurm: Cluster, whole: Path, recipe: Path
+    rich: Cluster, whole: Path, recipe: Path
 ) -> None:
     """Without preempt_send_user_signal; its state is known from the accounting afterwards."""
-    run = submit(rich_slurm, recipe, "--partition", "low")
-    preempt(run, nodes=2)
+    run = submit(rich, recipe, "--partition", "low")
+    preempt(run, nodes=3)
     assert stopped(run, 0).reason.startswith("stopped by signal SIGTERM ")
     run.finish()
     check_like(whole, run, attempts=2)
@@ -140,10 +206,10 @@ def test_a_job_whose_workers_alone_hear_of_a_preemption_goes_on_later(
 
 @matrix
 def test_a_job_that_is_preempted_without_grace_goes_on_later(
-    rich_slurm: Cluster, whole: Path, recipe: Path
+    rich: Cluster, whole: Path, recipe: Path
 ) -> None:
-    run = submit(rich_slurm, recipe, "--partition", "kill")
-    preempt(run, nodes=2)
+    run = submit(rich, recipe, "--partition", "kill")
+    preempt(run, nodes=3)
     run.finish()
     check_like(whole, run, attempts=2)
 
@@ -290,14 +356,16 @@ def test_a_signal_before_workers_start_puts_the_job_back(
     check_like(whole, run, attempts=2)
 
 
+STOP_WORKERS = "kill -STOP $(pgrep -f 'dist_sft[.]train')"
+
+
 @matrix
 def test_a_worker_that_cannot_save_in_time_is_not_waited_for(
     slurm: Cluster, whole: Path, recipe: Path
 ) -> None:
     run = submit(slurm, recipe, "--time=1")
     run.wait_for_step(EVERY + 10)
-    stop = "kill -STOP $(pgrep -f 'dist_sft[.]train')"
-    slurm.run("sh", "-c", stop, on="n2")
+    slurm.run("sh", "-c", STOP_WORKERS, on="n2")
     run.signal("USR1")
     run.wait_for_restart()
     assert "not all workers have ended in time; the job ends without them" in run.log
@@ -330,7 +398,8 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(
 
 BUSY_CONTROLLER = """
 scontrol() {{
-    if [ "$1" = requeue ] && mkdir "{folder}/busy" 2>/dev/null; then
+    case "$1,$2" in requeue,* | --oneliner,show) ;; *) command scontrol "$@"; return ;; esac
+    if mkdir "{folder}/busy-$1" 2>/dev/null; then
         echo "Unable to contact slurm controller" >&2
         return 1
     fi
@@ -359,7 +428,7 @@ def test_a_sweep_is_an_array_of_runs_with_lives_of_their_own(
     assert stopped(second, 0).reason.startswith("stopped by STOP file ")
     first.wait_until(lambda: runs.is_finished(read_config_json(first.run_dir)), "the end", 120)
     check_whole(first, attempts=2)
-    assert (tmp_path / "busy").exists()
+    assert sorted(p.name for p in tmp_path.glob("busy*")) == ["busy---oneliner", "busy-requeue"]
     assert [slurm.show(f"{array.job}_{task}")["Restarts"] for task in (0, 1)] == ["1", "0"]
     assert runs.attempts(second.run_dir) == [0]
     losses = [report.read_steps(run.run_dir / "metrics.jsonl") for run in (first, second)]
@@ -386,10 +455,10 @@ def test_a_job_of_another_user(slurm: Cluster, everyones_folder: Path) -> None:
     assert list(scratch.glob("*/*/meta.json"))
 
 
-def test_gpus_that_are_not_as_asked(rich_slurm: Cluster, tmp_path: Path) -> None:
+def test_gpus_that_are_not_as_asked(rich: Cluster, tmp_path: Path) -> None:
     """What SLURM gives are imagined ones."""
     few, broken = (
-        submit(rich_slurm, make(tmp_path, name, 12), gpus, "--restarts=0", "--nodelist=n1,n2",
+        submit(rich, make(tmp_path, name, 12), gpus, "--restarts=0", "--nodelist=n1,n2",
                workers=2)
         for name, gpus in (("few", "--gpus-per-node=1"), ("broken", "--gpus-per-node=2"))
     )  # fmt: skip
@@ -442,21 +511,42 @@ def test_a_job_whose_time_is_up_is_put_back(slurm: Cluster, tmp_path: Path) -> N
     assert outcome is not None
     assert outcome.reason.startswith("stopped by signal SIGUSR1 ")
     run.finish(seconds=240)
-    check_like(run_here(here), run, len(runs.attempts(run.run_dir)), steps)
+    check_like(run_here(here), run, int(slurm.show(run.job)["Restarts"]) + 1, steps)
 
 
 @matrix
+@pytest.mark.parametrize("hangs", [False, True])
 def test_a_job_whose_time_is_up_without_a_warning_is_put_back(
-    slurm: Cluster, tmp_path: Path
+    rich: Cluster, tmp_path: Path, hangs: bool
 ) -> None:
-    steps = 6000
+    """Also where a worker cannot save within KillWait."""
+    steps = 4000
     here, there = (make(tmp_path, name, steps) for name in ("here", "there"))
-    launch(slurm, "train", there, "--nodes=2", "--workers-per-node=1", "--prepare")
-    run = by_hand(slurm, there.with_suffix(""), "--time=1", "--signal=B:CONT@1")
-    run.wait_until(lambda: runs.read_outcome(run.run_dir, 0) is not None, "a stop", 120)
+    launch(rich, "train", there, "--nodes=2", "--workers-per-node=1", "--prepare")
+    run = by_hand(rich, there.with_suffix(""), "--time=1", "--signal=B:CONT@1")
+    run.wait_for_step(EVERY + 10)
+    if hangs:
+        rich.run("sh", "-c", STOP_WORKERS, on="n2")
+    run.wait_until(lambda: rich.show(run.job)["Restarts"] == "1", "a second start", 120)
     outcome = runs.read_outcome(run.run_dir, 0)
-    assert outcome is not None
-    assert outcome.reason.startswith("stopped by signal SIGTERM ")
-    run.finish(seconds=240)
-    assert int(slurm.show(run.job)["Restarts"]) >= 1
-    check_like(run_here(here), run, len(runs.attempts(run.run_dir)), steps)
+    if hangs:
+        assert outcome is None
+        assert "not all workers have ended in time; the job ends without them" in run.log
+    else:
+        assert outcome is not None
+        assert outcome.asked_by == "signal SIGTERM"
+    run.finish(seconds=200)
+    check_like(run_here(here), run, int(rich.show(run.job)["Restarts"]) + 1, steps)
+
+
+@matrix
+def test_status_says_what_slurm_says_of_an_attempt_that_could_not(
+    rich: Cluster, whole: Path, recipe: Path
+) -> None:
+    run = submit(rich, recipe)
+    run.wait_for_step(EVERY + 10)
+    rich.kill_node("n1", "power")
+    run.wait_for_restart()
+    run.finish()
+    check_like(whole, run, attempts=2)
+    assert "attempt 0: no outcome: it was killed (SLURM: NODE_FAIL)\n" in status(run)
