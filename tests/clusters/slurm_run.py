@@ -51,7 +51,7 @@ class Submitted(NamedTuple):
     def wait_for_restart(self) -> None:
         """Wait until SLURM has put the job back once."""
         self.wait_until(
-            lambda: self.cluster.show(self.job)["Restarts"] == "1", "a second start", 90
+            lambda: self.cluster.show(self.job)["Restarts"] == "1", "a second start", 120
         )
 
     def finish(self, state: str = "COMPLETED", seconds: float = 120) -> None:
