@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -481,6 +483,22 @@ def test_other_data_under_an_old_checkpoint_is_refused(
     assert code == 0, out + err
     steps = report.read_steps(run_dir / "metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, 61))
+
+
+def test_a_lead_that_is_too_short_for_a_save_is_told(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The SLURM launcher leaves it in the run folder."""
+    run_dir = tmp_path / "run"
+    path = write({**recipe, "train": {"batch_size": 8, "steps": 3}, "eval": {}}, run_dir)
+    assert run(path, "--prepare", workers=1)[0] == 0
+    launch = json.loads((run_dir / "launch.json").read_text())
+    launch["options"]["lead"] = 0.001
+    (run_dir / "launch.json").write_text(json.dumps(launch))
+    command = [sys.executable, "-m", "dist_sft.node", str(run_dir)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("30 are for other things: raise --lead") == 1
 
 
 def test_a_live_run_is_refused_and_an_orphan_cannot_commit(
