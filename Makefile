@@ -33,7 +33,7 @@ test-faults: install
 	$(PYTEST) -m "not gpu" -q tests/faults
 
 test-clusters: install
-	$(PYTEST) -m "not gpu" -q tests/clusters
+	$(PYTEST) -m "not gpu" -q -n 2 --dist worksteal tests/clusters
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q

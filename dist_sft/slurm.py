@@ -6,14 +6,16 @@ A job is `slurm/train.sbatch` with a run folder; what it does in there, `batch_j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check the recipe, write the run folder, submit the job; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given[:1] == ["status"]:
+            raise UserError("the status of a run: dist-sft status RUN_DIR")
         if given[:1] == ["cancel"]:
             return cancel(_run_dir(given))
         if given[:1] == ["resume"]:
@@ -200,20 +204,21 @@ class Plan:
 def launch(options: argparse.Namespace, sbatch: list[str]) -> int:
     """Submit a recipe, or the recipes of a sweep."""
     check(options)
+    refuse_a_short_time(options.lead, sbatch)
     plan = make_plan(options, sbatch)
     if plan is None:
         return runs.FINISHED
-    _warn_of_a_short_time(options.lead, sbatch)
     if not any(_name(word) in GPUS for word in sbatch):
         print("no GPUs are asked for (--gpus-per-node): workers run on CPUs", file=sys.stderr)
     if options.dry_run:
         print(plan)
         return runs.FINISHED
-    write(plan)
-    if options.prepare:
-        print(f"prepared {plan.where}; to submit it:\n{shlex.join(plan.command)}")
-        return runs.FINISHED
-    return submit(plan, options.chain)
+    with unless_refused(plan):
+        write(plan)
+        if options.prepare:
+            print(f"prepared {plan.where}; to submit it:\n{shlex.join(plan.command)}")
+            return runs.FINISHED
+        return submit(plan, options.chain)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -224,6 +229,10 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"{key}: got {getattr(options, name)}; allowed: 1 or more")
     if options.site and not options.site.is_file():
         raise UserError(f"--site: {options.site} is no file")
+    if options.site:
+        tried = subprocess.run(["bash", "-n", options.site], capture_output=True, text=True)
+        if tried.returncode:
+            raise UserError(f"--site: bash does not understand it: {tried.stderr.strip()}")
     if options.sweep and options.chain > 1:
         raise UserError("--sweep and --chain: give one of them")
     if not (options.dry_run or options.prepare or shutil.which("sbatch")):
@@ -264,6 +273,30 @@ def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
     if options.sweep:
         written[where / SWEEP] = "".join(f"{where.absolute() / name}\n" for name in listed)
     return Plan(where, planned, written, command_for(where, told, tasks), tasks)
+
+
+@contextlib.contextmanager
+def unless_refused(plan: Plan) -> Iterator[None]:
+    """Leave run folders as they were, where the block submits nothing but raises UserError."""
+    names = ("config.json", "launch.json", "changes.jsonl", "site.sh", SWEEP)
+    folders = {plan.where, *plan.folders}
+    new = [folder for folder in folders if not folder.exists()]
+    paths = [folder / name for folder in folders for name in names]
+    before = {path: path.read_bytes() if path.exists() else None for path in paths}
+    jobs = jobs_of(plan.where)
+    try:
+        yield
+    except UserError:
+        if jobs_of(plan.where) != jobs:
+            raise
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        for folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write(plan: Plan) -> None:
@@ -342,6 +375,7 @@ def submit(plan: Plan, chain: int = 1) -> int:
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
     before = None
+    log = next(word for word in plan.command if word.startswith("--output=")).partition("=")[2]
     for link in range(chain):
         words = list(plan.command)
         if before is not None:
@@ -357,8 +391,7 @@ def submit(plan: Plan, chain: int = 1) -> int:
             slurm_queue.note(folder, time=time.time(), job=job, command=words)
         of = f", link {link + 1} of {chain}" if chain > 1 else ""
         print(f"job {before}: {plan.where}{of}")
-    log = next(word for word in plan.command if word.startswith("--output=")).partition("=")[2]
-    print(f"its log: {log.replace('%j', str(before)).replace('%A', str(before))}")
+        print(f"its log: {log.replace('%j', before).replace('%A', before)}")
     print(f"its state: dist-sft status {plan.where}")
     return runs.FINISHED
 
@@ -394,7 +427,7 @@ def cancel(folder: Path) -> int:
     for run_dir in folders:
         attempts = runs.attempts(run_dir)
         outcome = runs.read_outcome(run_dir, attempts[-1]) if attempts else None
-        print(f"{run_dir}: {outcome.reason if outcome else 'no attempt has ended in order'}")
+        print(f"{run_dir}: {outcome.reason if outcome else 'no attempt has ended'}")
     print(f"`launch/slurm.py resume {folder}` continues")
     return runs.FINISHED
 
@@ -431,20 +464,20 @@ def files() -> Path:
 
 
 def _site(path: Path) -> str:
-    """Return a site's file with the Python that launches, which it may replace by another one."""
-    return f"python={shlex.quote(sys.executable)}\n{path.read_text(encoding='utf-8')}"
+    """Return a site's file behind the folder and the Python of the launch, which it may change."""
+    head = f"cd {shlex.quote(os.getcwd())} || exit 1\npython={shlex.quote(sys.executable)}\n"
+    return head + path.read_text(encoding="utf-8")
 
 
-def _warn_of_a_short_time(lead: int, sbatch: list[str]) -> None:
-    """Say where a job would hear at its start that its time is nearly up."""
+def refuse_a_short_time(lead: int, sbatch: list[str]) -> None:
+    """Raise UserError where a job would hear at its start that its time is nearly up."""
     words = [word for given in sbatch for word in given.split("=", 1)]
     after = [b for a, b in itertools.pairwise(words) if a in ("--time", "-t")]
     limit = seconds_of(after[-1]) if after else None
-    if limit is not None and limit <= lead + 60:  # SLURM may warn that much earlier
-        print(
-            f"--time: {after[-1]} leaves no time to train: the job saves and is put back {lead} to "
-            f"{lead + 60} s before its end (--lead)",
-            file=sys.stderr,
+    if limit is not None and limit <= lead:
+        raise UserError(
+            f"--time: {after[-1]} leaves no time to train: {lead} to {lead + 60} s before its end "
+            "(--lead) a job saves and is put back; allowed: a longer --time, or a shorter --lead"
         )
 
 
@@ -465,7 +498,10 @@ def _name(word: str) -> str:
 
 def _run_dir(given: list[str]) -> Path:
     if len(given) != 2:
-        raise UserError(f"launch/slurm.py {given[0]} RUN_DIR: got {shlex.join(given[1:]) or '-'}")
+        raise UserError(
+            f"launch/slurm.py {given[0]} RUN_DIR takes one run folder and nothing else; got: "
+            f"{shlex.join(given[1:]) or 'none'}"
+        )
     if not Path(given[1]).is_dir():
         raise UserError(f"RUN_DIR: {given[1]} is no folder")
     return Path(given[1])

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from dist_sft import batch_job, lease, manifest, report, runs, slurm_queue
+from dist_sft.errors import UserError
 
 
 def status(run_dir: Path) -> list[str]:
@@ -22,7 +23,7 @@ def status(run_dir: Path) -> list[str]:
         f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "
         f"{launch.workers_per_node}",
         f"owner: {_owner(run_dir, held)}",
-        *(f"job {job}: {slurm_queue.describe(job)}" for job in slurm_queue.jobs_of(run_dir)[-1:]),
+        *_jobs(run_dir),
         *_attempts(run_dir, held),
         _progress(run_dir),
         _checkpoints(run_dir),
@@ -39,6 +40,16 @@ def _owner(run_dir: Path, held: lease.Lease | None) -> str:
         age = time.time() - (run_dir / lease.NAME).stat().st_mtime
         told += f", last sign of life {max(0.0, age):.0f} s ago"
     return told
+
+
+def _jobs(run_dir: Path) -> list[str]:
+    """Return the states of all jobs that are in the queue, or of the last one."""
+    jobs = slurm_queue.jobs_of(run_dir)
+    with contextlib.suppress(UserError):
+        states = slurm_queue.states_of(jobs)
+        if len(states) > 1 and not any("_" in job for job in states):
+            return [f"job {job}: {state}" for job, state in states.items()]
+    return [f"job {job}: {slurm_queue.describe(job)}" for job in jobs[-1:]]
 
 
 def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:

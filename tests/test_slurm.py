@@ -54,8 +54,9 @@ class Says:
         ) -> subprocess.CompletedProcess[str]:
             asked.append(words)
             self.environment = env or {}
-            answer = "" if words[0] == "squeue" and "PENDING" not in stdout + stderr else stdout
-            return subprocess.CompletedProcess(words, code, answer, stderr)
+            if words[0] == "squeue" and "PENDING" not in stdout and "slurm_load" not in stderr:
+                return subprocess.CompletedProcess(words, 0, "", "")
+            return subprocess.CompletedProcess(words, code, stdout, stderr)
 
         self._monkeypatch.setattr(slurm_queue, "call", call)
         return asked
@@ -225,12 +226,38 @@ def test_a_time_limit_is_read_as_sbatch_does(time: str, seconds: int | None) -> 
     assert slurm.seconds_of(time) == seconds
 
 
-@pytest.mark.parametrize(("time", "warns"), [(["--time=5"], True), (["-t", "10"], False)])
-def test_a_time_limit_that_the_lead_uses_up(
-    time: list[str], warns: bool, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("time", "code"), [(["--time=5"], 2), (["-t", "6"], 0)])
+def test_a_time_limit_that_the_lead_uses_up_is_refused(
+    time: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert slurm.main(["train", "recipe.yaml", *SIZE, *time, "--dry-run"]) == 0
-    assert ("--time: 5 leaves no time to train" in capsys.readouterr().err) == warns
+    assert slurm.main(["train", "recipe.yaml", *SIZE, *time, "--dry-run"]) == code
+    assert ("--time: 5 leaves no time to train" in capsys.readouterr().err) == bool(code)
+
+
+def test_a_submission_that_slurm_refuses_changes_nothing(
+    here: Path, says: Says, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {"stderr": "sbatch: error: invalid partition specified: a100\n", "code": 1}
+    run_dir = here / "runs/my run"
+    says(**refused)
+    assert slurm.main(["train", "recipe.yaml", *SIZE, "--partition=a100"]) == runs.WRONG_INPUT
+    assert "sbatch refused the job: sbatch: error: invalid partition" in capsys.readouterr().err
+    assert not run_dir.exists()
+    says("7\n")
+    assert slurm.main(["train", "recipe.yaml", *SIZE, "--partition=low"]) == 0
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    says(**refused)
+    assert slurm.main(["train", "recipe.yaml", "seed=3", *SIZE, "-p", "a100"]) == runs.WRONG_INPUT
+    after = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_a_site_file_that_bash_does_not_understand(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "site.sh").write_text("if true; then\n")
+    assert slurm.main(["train", "recipe.yaml", *SIZE, "--site=site.sh"]) == runs.WRONG_INPUT
+    assert "--site: bash does not understand it: site.sh: line 2: " in capsys.readouterr().err
 
 
 # ---- what SLURM says ------------------------------------------------------------------------

@@ -535,20 +535,15 @@ def test_a_bad_node_is_named_and_kept_out(slurm: Cluster, tmp_path: Path) -> Non
     assert slurm.show(run.job)["ExcNodeList"] == "n4,n2"
 
 
-def give_time(run: Submitted) -> None:
-    """Wait for a second start, and let nothing disturb it."""
-    run.wait_for_restart()
-    run.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
-    run.finish()
-
-
 @matrix
 def test_a_job_whose_time_is_up_is_put_back(
     slurm: Cluster, long_whole: Path, long_recipe: Path
 ) -> None:
     """SLURM looks every 30 seconds: the signal comes in the first 30."""
     run = submit(slurm, long_recipe, "--time=1", "--lead=30")
-    give_time(run)
+    run.wait_for_restart()
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")  # enough
+    run.finish()
     outcome = runs.read_outcome(run.run_dir, 0)
     assert outcome is not None
     assert outcome.asked_by == "signal SIGUSR1"
@@ -559,11 +554,20 @@ def test_a_job_whose_time_is_up_is_put_back(
 def test_a_job_whose_time_is_up_without_a_warning_is_put_back(
     rich: Cluster, whole: Path, recipe: Path
 ) -> None:
-    """Also where a worker cannot save within KillWait."""
+    """First a worker saves within KillWait, then one cannot."""
     launch(rich, "train", recipe, "--nodes=2", "--workers-per-node=1", "--prepare")
     run = by_hand(rich, recipe.with_suffix(""), "--time=1", "--signal=B:CONT@1")
     run.wait_for_step(EVERY + 10)
-    rich.run("sh", "-c", STOP_WORKERS, on="n2")
-    give_time(run)
+    rich.run("sh", "-c", STOP_WORKERS, on="n2")  # until SLURM sends CONT before TERM
+    assert stopped(run, 0).asked_by == "signal SIGTERM"
+    run.wait_for_restart()
+    run.wait_until(lambda: rich.state(run.job) == "RUNNING", "the second start")
+    again = rf"(while {STOP_WORKERS}; do sleep 0.1; done) >/dev/null 2>&1 &"
+    run.wait_for_step(runs_on(run, 1))
+    rich.run("sh", "-c", again, on="n2")
+    run.wait_until(lambda: rich.show(run.job)["Restarts"] == "2", "a third start", 120)
     assert "not all workers have ended in time; the job ends without them" in run.log
-    check_like(whole, run, attempts=2)
+    assert runs.read_outcome(run.run_dir, 1) is None
+    rich.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    run.finish()
+    check_like(whole, run, attempts=3)
