@@ -1,0 +1,267 @@
+"""Run a recipe on Ray. `launch/ray_job.py` and `python -m dist_sft.ray_job` end here.
+
+Ray Train starts the workers, `ray_worker` a rank in each of them, `ray_controller` owns the run.
+This process hears signals, and says how it went. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_sft import launching, lease, node, preflight, ray_cluster, runs
+from dist_sft.config import Recipe
+from dist_sft.errors import UserError
+from dist_sft.stopping import Relay
+
+DEFAULT_RESTARTS = 3
+WAIT_SECONDS = 45
+LOOK_SECONDS = 0.5
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the Ray launcher."""
+    result = argparse.ArgumentParser(
+        prog="launch/ray_job.py",
+        description="Run a recipe on Ray. The same command again continues the run.",
+    )
+    launching.add_arguments(result)
+    result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
+    result.add_argument("--min-workers", type=int, metavar="N", help="grow and shrink: at least N")
+    result.add_argument("--max-workers", type=int, metavar="N", help="grow and shrink: at most N")
+    result.add_argument(
+        "--resources-per-worker",
+        nargs="+",
+        action="extend",
+        metavar="NAME=COUNT",
+        help="what Ray reserves for a worker (default: CPU=1, and GPU=1 where there are GPUs)",
+    )
+    result.add_argument(
+        "--address",
+        metavar="auto|HOST:PORT|http://HOST:PORT",
+        help="a cluster that runs (default: start Ray on this machine, for this run)",
+    )
+    result.add_argument(
+        "--restarts",
+        type=int,
+        default=DEFAULT_RESTARTS,
+        metavar="N",
+        help="start again after a failure, at most N times without a new checkpoint "
+        f"(default {DEFAULT_RESTARTS})",
+    )
+    result.add_argument(
+        "--wait",
+        type=int,
+        default=WAIT_SECONDS,
+        metavar="SECONDS",
+        help="for a cluster that is too small or busy, before giving up (default "
+        f"{WAIT_SECONDS})",
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the recipe, write the run folder, run it on Ray; return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        size, per_worker = size_of(options), resources_of(options)
+        recipe = launching.read(options)
+        if not options.prepare:
+            if launching.is_finished(recipe):
+                return runs.FINISHED
+            launching.refuse(preflight.missing_paths(recipe))
+        if options.dry_run:
+            print(dry_run(options, recipe, size, per_worker))
+            return runs.FINISHED
+        told = {
+            "workers": list(size),
+            "resources_per_worker": per_worker,
+            "address": options.address,
+            "wait": options.wait,
+            "folder": os.getcwd(),
+        }
+        launch = launching.launch_of(options, "ray", 1, size[1], **told)
+        seen = launching.write_run_folder(recipe, launch)
+        run_dir = Path(recipe.run_dir)
+        if options.prepare:
+            print(f"prepared {run_dir}")
+            return runs.FINISHED
+        (run_dir / "STOP").unlink(missing_ok=True)
+        return run(run_dir, launch, seen)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+    except KeyboardInterrupt:  # while workers run, the relay takes care of it
+        print("\nstopped while no worker was running", file=sys.stderr)
+        return runs.STOPPED
+
+
+def size_of(options: argparse.Namespace) -> tuple[int, int]:
+    """Return the least and the largest number of workers; raises UserError."""
+    low, high = options.min_workers, options.max_workers
+    if (low is None) != (high is None):
+        raise UserError("--min-workers, --max-workers: give both of them, or --workers")
+    if low is None or high is None:
+        low = high = (node.count_gpus() or 1) if options.workers is None else options.workers
+    elif options.workers is not None:
+        raise UserError("--workers: give it, or --min-workers and --max-workers, not both")
+    if not 1 <= low <= high:
+        key, got = ("--workers", low) if low == high else ("--min-workers", f"{low} of {high}")
+        raise UserError(f"{key}: got {got}; allowed: 1 or more, and no more than --max-workers")
+    return low, high
+
+
+def resources_of(options: argparse.Namespace) -> dict[str, float]:
+    """Return what Ray reserves for a worker; raises UserError."""
+    resources = {"CPU": 1.0}
+    for given in options.resources_per_worker or ():
+        name, _, count = given.partition("=")
+        try:
+            resources[name] = float(count)
+        except ValueError:
+            raise UserError(
+                f"--resources-per-worker: got {given}; allowed: NAME=COUNT, as CPU=4 GPU=1"
+            ) from None
+    if resources.get("GPU", 0) not in (0, 1):
+        raise UserError(
+            f"--resources-per-worker: got GPU={resources['GPU']:g}; allowed: GPU=1, as every "
+            "worker computes on one GPU, or GPU=0"
+        )
+    return resources
+
+
+def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
+    """Run attempts on Ray until one ends the run; return its exit code."""
+    options, began = launch.options, max(runs.attempts(run_dir), default=-1)
+    low, high = options["workers"]
+    with ExitStack() as stack:
+        if options["address"] is None:
+            stack.enter_context(ray_cluster.started(high, options["resources_per_worker"]))
+        else:
+            stack.enter_context(ray_cluster.joined(options["address"]))
+        ray_cluster.wait_for_room(low, options["resources_per_worker"], options["wait"])
+        relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
+        engine = Engine(run_dir, launch, seen)
+        engine.start()
+        follow(engine, relay, run_dir, began)
+    newest = max(runs.attempts(run_dir), default=-1)
+    outcome = runs.read_outcome(run_dir, newest) if newest > began else None
+    if relay.leaves or (outcome is None and relay.received):
+        reason = "left at once: nothing was saved, older checkpoints are whole"
+        outcome = outcome or runs.Outcome(runs.STOPPED, reason, -1)
+    if outcome is None:
+        outcome = engine.verdict()
+    if newest > began and runs.read_outcome(run_dir, newest) is None:
+        runs.write_outcome(run_dir, newest, outcome)
+    if outcome.code != runs.FINISHED:
+        print(outcome.reason, file=sys.stderr)
+    return outcome.code
+
+
+def follow(engine: Engine, relay: Relay, run_dir: Path, began: int) -> None:
+    """Return when Ray has ended the run, or where a signal asks to leave."""
+    from dist_sft.ray_controller import ask_to_stop
+
+    while engine.is_alive():
+        engine.join(LOOK_SECONDS)
+        if relay.leaves:
+            return
+        if relay.received is None:
+            continue
+        newest = max(runs.attempts(run_dir), default=-1)
+        if newest <= began:
+            return  # nothing runs yet
+        ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
+
+
+class Engine(threading.Thread):
+    """Ray Train at work, in a thread: in the main one it would hear signals, and abort."""
+
+    def __init__(self, run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> None:
+        super().__init__(name="ray", daemon=True)
+        self._run_dir, self._launch, self._seen = run_dir, launch, seen
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            trainer(self._run_dir.absolute(), self._launch, self._seen).fit()
+        except Exception as error:
+            self._error = error
+
+    def verdict(self) -> runs.Outcome:
+        """Say how it went where no attempt could."""
+        cause = getattr(self._error, "controller_failure", self._error)
+        code = runs.WRONG_INPUT if isinstance(cause, UserError) else runs.FAILED
+        return runs.Outcome(code, str(cause or "Ray ended the run without a word"), -1)
+
+
+def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any:
+    """Return Ray's trainer for a run folder, which is its storage, too."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from dist_sft import ray_controller, ray_worker
+
+    options = launch.options
+    low, high = options["workers"]
+    per_worker = options["resources_per_worker"]
+    gpus = bool(per_worker.get("GPU"))
+    work = ray_worker.Work(str(run_dir), options["folder"], gpus)
+    # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
+    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    return DataParallelTrainer(
+        ray_worker.run_rank,
+        train_loop_config=asdict(work),
+        backend_config=ray_controller.RunConfig(work, seen),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=gpus,
+            resources_per_worker=dict(per_worker),
+        ),
+        run_config=RunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir.parent),
+            # How often is decided by the callback, which knows whether there was progress.
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[ray_controller.Attempts(str(run_dir), options["restarts"])],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def dry_run(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    size: tuple[int, int],
+    per_worker: dict[str, float],
+) -> str:
+    """Return exactly what a run would use: the recipe, what Ray is asked for, a rank's command."""
+    run_dir = Path(recipe.run_dir)
+    attempt = max(runs.attempts(run_dir), default=-1) + 1
+    asked = {
+        "address": options.address,
+        "num_workers": size[0] if size[0] == size[1] else list(size),
+        "resources_per_worker": per_worker,
+        "restarts": options.restarts,
+    }
+    gpus = int(per_worker.get("GPU", 0)) * size[1]
+    threads = node.threads_for(recipe.threads_per_worker, size[1], gpus)
+    variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
+    command = [*variables, *node.rank_command(run_dir, recipe.job, attempt)]
+    return (
+        f"# {run_dir}/config.json\n{recipe.to_json()}# Ray\n{json.dumps(asked, indent=2)}\n"
+        f"# command of each worker's rank\n{shlex.join(command)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
