@@ -133,6 +133,36 @@ def wait_for_room(workers: int, per_worker: Resources, seconds: float) -> None:
         time.sleep(1)
 
 
+def waits_for_room(low: int, high: int, per_worker: Resources) -> bool:
+    """Tell whether Ray has not found room for workers that it was asked to start.
+
+    A number that may vary is looked for before there is a placement group.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    if low < high:
+        free = ray.available_resources()
+        return any(free.get(key, 0) < low * count for key, count in per_worker.items())
+    return any(
+        group["state"] == "PENDING" and len(group["bundles"]) == low
+        for group in placement_group_table().values()
+    )
+
+
+def too_busy(workers: int, per_worker: Resources) -> UserError:
+    """Return what was asked and what is left, of a cluster that is large enough or was."""
+    import ray
+
+    if room(per_worker, [resources for _, resources in nodes(ray)]) < workers:
+        return too_small(workers, per_worker, nodes(ray))
+    return UserError(
+        f"--workers: got {workers}, each with {told(per_worker)}; the cluster is large enough, but "
+        f"other jobs use it: left are {told(ray.available_resources())}. Wait longer with --wait "
+        "SECONDS, or ask for fewer"
+    )
+
+
 def too_small(
     workers: int, per_worker: Resources, found: Sequence[tuple[str, Resources]]
 ) -> UserError:

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from dist_sft.stopping import Relay
 
 DEFAULT_RESTARTS = 3
 WAIT_SECONDS = 45
+RESIZE_SECONDS = 60
 LOOK_SECONDS = 0.5
 
 
@@ -49,6 +51,14 @@ def parser() -> argparse.ArgumentParser:
         "--address",
         metavar="auto|HOST:PORT|http://HOST:PORT",
         help="a cluster that runs (default: start Ray on this machine, for this run)",
+    )
+    result.add_argument(
+        "--resize-every",
+        type=int,
+        default=RESIZE_SECONDS,
+        metavar="SECONDS",
+        help="how often to look whether the cluster has grown, between --min-workers and "
+        f"--max-workers (default {RESIZE_SECONDS}); a resize saves, and starts all workers anew",
     )
     result.add_argument(
         "--restarts",
@@ -87,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "resources_per_worker": per_worker,
             "address": options.address,
             "wait": options.wait,
+            "resize_every": options.resize_every,
             "folder": os.getcwd(),
         }
         launch = launching.launch_of(options, "ray", 1, size[1], **told)
@@ -152,7 +163,7 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
         engine = Engine(run_dir, launch, seen)
         engine.start()
-        follow(engine, relay, run_dir, began)
+        follow(engine, relay, run_dir, launch, began)
     newest = max(runs.attempts(run_dir), default=-1)
     outcome = runs.read_outcome(run_dir, newest) if newest > began else None
     if relay.leaves or (outcome is None and relay.received):
@@ -167,20 +178,36 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
     return outcome.code
 
 
-def follow(engine: Engine, relay: Relay, run_dir: Path, began: int) -> None:
-    """Return when Ray has ended the run, or where a signal asks to leave."""
+def follow(engine: Engine, relay: Relay, run_dir: Path, launch: runs.Launch, began: int) -> None:
+    """Return when Ray has ended the run, or where a signal asks to leave.
+
+    Raises UserError where Ray finds no room to begin. Where it loses it on the way, the run waits
+    for nodes to come back.
+    """
     from dist_sft.ray_controller import ask_to_stop
 
+    (low, high), per_worker = launch.options["workers"], launch.options["resources_per_worker"]
+    ran_at = time.monotonic()
     while engine.is_alive():
         engine.join(LOOK_SECONDS)
         if relay.leaves:
             return
-        if relay.received is None:
-            continue
         newest = max(runs.attempts(run_dir), default=-1)
-        if newest <= began:
-            return  # nothing runs yet
-        ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
+        runs_now = newest > began and runs.read_outcome(run_dir, newest) is None
+        if relay.received is not None:
+            if not runs_now and newest <= began:
+                return
+            ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
+        if runs_now or not ray_cluster.waits_for_room(low, high, per_worker):
+            ran_at = time.monotonic()
+        elif relay.received is not None:
+            return  # nobody is there to stop
+        elif time.monotonic() - ran_at > launch.options["wait"]:
+            lacking = ray_cluster.too_busy(low, per_worker)
+            if newest <= began:
+                raise lacking
+            print(f"waiting to go on: {lacking}", file=sys.stderr, flush=True)
+            ran_at = time.monotonic()
 
 
 class Engine(threading.Thread):
@@ -226,6 +253,7 @@ def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any
             num_workers=low if low == high else (low, high),
             use_gpu=gpus,
             resources_per_worker=dict(per_worker),
+            elastic_resize_monitor_interval_s=options["resize_every"],
         ),
         run_config=RunConfig(
             name=run_dir.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import threading
@@ -33,6 +34,7 @@ ATTEMPT, NODES = "DIST_SFT_ATTEMPT", "DIST_SFT_NODES"
 TICK_SECONDS = 2.0  # between two words with rank 0's worker; Ray takes reports no faster
 WORDS_SECONDS = 60.0  # what workers give rank 0's to say its last word
 TAIL_BYTES = 2**16
+LAST_LINES = 15
 DRAIN, RESIZE = "Ray: a node is drained", "Ray: another number of workers"
 GOES_ON = (DRAIN, RESIZE)
 """Why ranks save and end although the run goes on at once, in another attempt."""
@@ -83,6 +85,7 @@ class News(NamedTuple):
 def run_rank(config: dict[str, Any]) -> None:
     """Run one rank to its end; raise where Ray shall start the run again."""
     work = Work(**config)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray tells of every report
     here, run_dir = ray.train.get_context(), Path(work.run_dir)
     attempt, rank = int(os.environ[ATTEMPT]), here.get_world_rank()
     recipe = read_config_json(run_dir)
@@ -102,6 +105,8 @@ def run_rank(config: dict[str, Any]) -> None:
         watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
         stack.callback(lambda: process.kill(watchdog.living()))
         told = Told(hearts)
+        log = runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
+        errors = stack.enter_context(open(log, "w", encoding="utf-8"))
         child = subprocess.Popen(
             node.rank_command(run_dir, recipe.job, attempt),
             cwd=work.folder,
@@ -110,6 +115,7 @@ def run_rank(config: dict[str, Any]) -> None:
             | {name: str(value) for name, value in variables.items()}
             | {FOLDER: str(hearts)}
             | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+            stderr=errors,
             start_new_session=True,
         )
         stack.callback(lambda: node.kill(child) if child.poll() is None else None)
@@ -141,7 +147,9 @@ def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) 
             raise Moved(asked)
         return
     if not runs.has_failed(run_dir, attempt, rank):
-        reason = node.explain_exit(code)
+        log = runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
+        words = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        reason = "\n".join([node.explain_exit(code), *(words if code >= 0 else [])])
         with contextlib.suppress(OSError):
             runs.write_failure(
                 run_dir, attempt, rank, runs.Outcome(runs.FAILED, reason, -1), killed=code < 0
