@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns of
 }
+HIDDEN = ("node:", "object_store", "memory", "accelerator_type", "bundle_group")
+"""Resources by which Ray names nodes and groups, or that are its own."""
 Resources = Mapping[str, float]
 
 
@@ -157,8 +159,8 @@ def too_busy(workers: int, per_worker: Resources) -> UserError:
     if room(per_worker, [resources for _, resources in nodes(ray)]) < workers:
         return too_small(workers, per_worker, nodes(ray))
     return UserError(
-        f"--workers: got {workers}, each with {told(per_worker)}; the cluster is large enough, but "
-        f"other jobs use it: left are {told(ray.available_resources())}. Wait longer with --wait "
+        f"--workers: got {workers}, each with {told(per_worker)}; the cluster is large enough as "
+        f"far as Ray knows, but in use: left are {told(ray.available_resources())}. Wait longer with --wait "
         "SECONDS, or ask for fewer"
     )
 
@@ -180,6 +182,6 @@ def told(resources: Resources) -> str:
     shown = {
         key: count
         for key, count in sorted(resources.items())
-        if not key.startswith(("node:", "object_store", "memory", "accelerator_type"))
+        if not key.startswith(HIDDEN)
     }
     return ", ".join(f"{key} {count:g}" for key, count in shown.items()) or "nothing"

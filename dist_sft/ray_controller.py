@@ -59,7 +59,12 @@ class RunBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: RunConfig) -> None:
         """Claim an attempt, look whether the nodes fit together, tell ranks where to meet."""
         work, run_dir = backend_config.work, Path(backend_config.work.run_dir)
-        seen = backend_config.seen if self._attempt is None else lease.wait_until_free(run_dir)
+        seen = backend_config.seen
+        if self._attempt is not None:
+            outcome = runs.read_outcome(run_dir, self._attempt)
+            if outcome is not None and outcome.code == runs.FINISHED:
+                raise GaveUp("finished, while Ray was about to change the number of workers")
+            seen = lease.wait_until_free(run_dir)
         self._held = ExitStack()
         attempt = self._attempt = lease.claim(run_dir, seen)
         self._held.enter_context(lease.hold(run_dir, attempt))

@@ -3,6 +3,7 @@
 Every node has a session of its own, by which all of its processes are found and ended.
 """
 
+import itertools
 import os
 import secrets
 import signal
@@ -23,13 +24,15 @@ RAY = Path(sys.executable).with_name("ray")
 class Node:
     """One `ray start`; `ended` when the test is done with it."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, ip: str, command: list[str], environment: Mapping[str, str], log: Path
+    ) -> None:
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 [str(RAY), "start", "--block", "--disable-usage-stats", *command],
                 env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self.log = log
+        self.ip, self.log = ip, log
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + SECONDS
@@ -66,6 +69,7 @@ class Cluster:
 
     def __init__(self, folder: Path, cpus: int) -> None:
         self._folder = folder
+        self._numbers = itertools.count()
         token = folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -88,15 +92,36 @@ class Cluster:
     def add(self, cpus: int = 1) -> Node:
         return self._start(cpus, f"--address={self.address}")
 
+    def drain(self, node: Node, seconds: int = 300) -> None:
+        """Announce that a node will be taken away, as a cloud does before it takes one."""
+        find = (
+            f"import ray; ray.init(address='{self.address}'); "
+            f"print(*[n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '{node.ip}'])"
+        )
+        number = self._call(sys.executable, "-c", find).split()[-1]
+        self._call(
+            RAY, "drain-node", f"--address={self.address}", f"--node-id={number}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken",
+            f"--deadline-remaining-seconds={seconds}",
+        )  # fmt: skip
+
+    def _call(self, *command: str | Path) -> str:
+        done = subprocess.run(
+            command, env=self.environment, text=True, capture_output=True, timeout=SECONDS
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def _start(self, cpus: int, *options: str) -> Node:
-        number = len(self.nodes)
+        number = next(self._numbers)
+        ip = f"127.0.0.{2 + number}"
         command = [
             f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={2**27}",
-            f"--node-ip-address=127.0.0.{2 + number}", "--dashboard-agent-listen-port=0",
+            f"--node-ip-address={ip}", "--dashboard-agent-listen-port=0",
             "--min-worker-port=0", "--max-worker-port=0",
             f"--temp-dir={self._folder}/{number}", *options,
         ]  # fmt: skip
-        node = Node(command, self.environment, self._folder / f"node-{number}.log")
+        node = Node(ip, command, self.environment, self._folder / f"node-{number}.log")
         self.nodes.append(node)
         node.wait_until_up()
         return node
