@@ -111,14 +111,19 @@ def nodes(ray: Any) -> list[tuple[str, Resources]]:
     ]
 
 
+def has_gpus() -> bool:
+    """Tell whether the cluster has a GPU."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU"))
+
+
 def room(per_worker: Resources, found: Sequence[Resources]) -> int:
     """Count the workers for which nodes with these resources have room."""
     wanted = {key: count for key, count in per_worker.items() if count}
     if not wanted:
         return 2**30
-    return sum(
-        int(min(has.get(key, 0) // count for key, count in wanted.items())) for has in found
-    )
+    return sum(int(min(has.get(key, 0) // count for key, count in wanted.items())) for has in found)
 
 
 def wait_for_room(workers: int, per_worker: Resources, seconds: float) -> None:
@@ -160,8 +165,8 @@ def too_busy(workers: int, per_worker: Resources) -> UserError:
         return too_small(workers, per_worker, nodes(ray))
     return UserError(
         f"--workers: got {workers}, each with {told(per_worker)}; the cluster is large enough as "
-        f"far as Ray knows, but in use: left are {told(ray.available_resources())}. Wait longer with --wait "
-        "SECONDS, or ask for fewer"
+        f"far as Ray knows, but in use: left are {told(ray.available_resources())}. Wait longer "
+        "with --wait SECONDS, or ask for fewer"
     )
 
 
@@ -179,9 +184,5 @@ def too_small(
 
 def told(resources: Resources) -> str:
     """Return resources for a person, without those that name a node."""
-    shown = {
-        key: count
-        for key, count in sorted(resources.items())
-        if not key.startswith(HIDDEN)
-    }
+    shown = {key: count for key, count in sorted(resources.items()) if not key.startswith(HIDDEN)}
     return ", ".join(f"{key} {count:g}" for key, count in shown.items()) or "nothing"

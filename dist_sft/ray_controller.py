@@ -37,7 +37,7 @@ class GaveUp(RuntimeError):
 
 
 @dataclass
-class RunConfig(BackendConfig):
+class RunConfig(BackendConfig):  # type: ignore[misc]
     """Plain values for the backend; Ray sends them to the controller."""
 
     work: Work
@@ -49,7 +49,7 @@ class RunConfig(BackendConfig):
         return RunBackend
 
 
-class RunBackend(Backend):
+class RunBackend(Backend):  # type: ignore[misc]
     """Begin and end an attempt around each start of Ray's workers."""
 
     share_cuda_visible_devices = True  # a rank takes the GPU of its local number
@@ -109,7 +109,7 @@ class RunBackend(Backend):
                 time.sleep(0.2)
 
 
-class Attempts(UserCallback):
+class Attempts(UserCallback):  # type: ignore[misc]
     """Write down why an attempt failed, and decide whether there shall be another one."""
 
     def __init__(self, run_dir: str, restarts: int) -> None:

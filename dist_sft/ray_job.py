@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dist_sft import launching, lease, node, preflight, ray_cluster, runs
-from dist_sft.config import Recipe
+from dist_sft import launching, lease, node, preflight, ray_cluster, ray_submit, runs
+from dist_sft.config import Recipe, read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
 
 DEFAULT_RESTARTS = 3
 WAIT_SECONDS = 45
 RESIZE_SECONDS = 60
+ELASTIC_START_SECONDS = 15
 LOOK_SECONDS = 0.5
+ADDRESSES = "auto|HOST:PORT|http://HOST:PORT"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="launch/ray_job.py",
         description="Run a recipe on Ray. The same command again continues the run.",
+        epilog="launch/ray_job.py cancel RUN_DIR: save and end a run. launch/ray_job.py resume "
+        "RUN_DIR: go on with it as it was launched.",
     )
     launching.add_arguments(result)
     result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
@@ -49,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--address",
-        metavar="auto|HOST:PORT|http://HOST:PORT",
+        metavar=ADDRESSES,
         help="a cluster that runs (default: start Ray on this machine, for this run)",
     )
     result.add_argument(
@@ -73,47 +77,154 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=WAIT_SECONDS,
         metavar="SECONDS",
-        help="for a cluster that is too small or busy, before giving up (default "
-        f"{WAIT_SECONDS})",
+        help=f"for a cluster that is too small or busy, before giving up (default {WAIT_SECONDS})",
     )
+    add_submission(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the recipe, write the run folder, run it on Ray; return the exit code."""
-    options = parser().parse_intermixed_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        size, per_worker = size_of(options), resources_of(options)
-        recipe = launching.read(options)
-        if not options.prepare:
-            if launching.is_finished(recipe):
-                return runs.FINISHED
-            launching.refuse(preflight.missing_paths(recipe))
-        if options.dry_run:
-            print(dry_run(options, recipe, size, per_worker))
-            return runs.FINISHED
-        told = {
-            "workers": list(size),
-            "resources_per_worker": per_worker,
-            "address": options.address,
-            "wait": options.wait,
-            "resize_every": options.resize_every,
-            "folder": os.getcwd(),
-        }
-        launch = launching.launch_of(options, "ray", 1, size[1], **told)
-        seen = launching.write_run_folder(recipe, launch)
-        run_dir = Path(recipe.run_dir)
-        if options.prepare:
-            print(f"prepared {run_dir}")
-            return runs.FINISHED
-        (run_dir / "STOP").unlink(missing_ok=True)
-        return run(run_dir, launch, seen)
+        if given[:1] in (["cancel"], ["resume"]):
+            options = parser_of_commands().parse_args(given)
+            return (cancel if options.command == "cancel" else resume)(options)
+        return launch(parser().parse_intermixed_args(given))
     except UserError as error:
         print(error, file=sys.stderr)
         return runs.WRONG_INPUT
     except KeyboardInterrupt:  # while workers run, the relay takes care of it
         print("\nstopped while no worker was running", file=sys.stderr)
         return runs.STOPPED
+
+
+def parser_of_commands() -> argparse.ArgumentParser:
+    """Return the command line of what is done to a run folder."""
+    result = argparse.ArgumentParser(prog="launch/ray_job.py")
+    commands = result.add_subparsers(dest="command", required=True)
+    for name, words in (
+        ("cancel", "let a run save, and end it"),
+        ("resume", "go on with a run as it was launched"),
+    ):
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        command.add_argument("--address", metavar=ADDRESSES, help="default: as it was launched")
+        if name == "resume":
+            add_submission(command)
+    return result
+
+
+def add_submission(to: argparse.ArgumentParser) -> None:
+    """Add what is for http:// addresses only."""
+    to.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="with http://: the job's folder on the cluster (default: the one you are in)",
+    )
+    to.add_argument(
+        "--runtime-env",
+        type=Path,
+        metavar="FILE",
+        help="with http://: what the job needs, in Ray's words, as a YAML file",
+    )
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run a recipe, or submit it."""
+    size, per_worker = size_of(options), resources_of(options)
+    recipe = launching.read(options)
+    http = ray_submit.is_http(options.address)
+    if not options.prepare and not http:
+        if launching.is_finished(recipe):
+            return runs.FINISHED
+        launching.refuse(preflight.missing_paths(recipe))
+    if options.dry_run:
+        print(dry_run(options, recipe, size, per_worker))
+        return runs.FINISHED
+    if http and not options.prepare:
+        folder = options.folder or os.getcwd()
+        return ray_submit.submit(
+            options.address,
+            submitted(options),
+            str(Path(folder, recipe.run_dir)),
+            ray_submit.read_runtime_env(options.runtime_env),
+            Path(options.recipe),
+        )
+    told = {
+        "workers": list(size),
+        "resources_per_worker": per_worker,
+        "address": options.address,
+        "wait": options.wait,
+        "resize_every": options.resize_every,
+        "folder": os.getcwd(),
+    }
+    how = launching.launch_of(options, "ray", 1, size[1], **told)
+    seen = launching.write_run_folder(recipe, how)
+    run_dir = Path(recipe.run_dir)
+    if options.prepare:
+        print(f"prepared {run_dir}; to start it: launch/ray_job.py resume {run_dir}")
+        return runs.FINISHED
+    (run_dir / "STOP").unlink(missing_ok=True)
+    return run(run_dir, how, seen)
+
+
+def submitted(options: argparse.Namespace) -> str:
+    """Return the line that a job runs on the cluster: this launch, from within."""
+    words = ["dist_sft.ray_job", options.job, ray_submit.RECIPE, *options.overrides]
+    for name in ("workers", "min_workers", "max_workers", "restarts", "wait", "resize_every"):
+        if getattr(options, name) is not None:
+            words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    for name in ("resources_per_worker", "allow_change"):
+        words += [f"--{name.replace('_', '-')}={value}" for value in getattr(options, name) or ()]
+    if options.trust_checkpoint:
+        words.append("--trust-checkpoint")
+    return ray_submit.entrypoint([*words, "--address=auto"], options.folder or os.getcwd())
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Let a run save, and see it ended; raises UserError where there is none."""
+    run_dir: Path = options.run_dir
+    if ray_submit.is_http(options.address):
+        return ray_submit.cancel(options.address, str(run_dir.absolute()))
+    held = lease.read(run_dir) if runs.read_launch(run_dir).launcher == "ray" else None
+    if held is None or lease.is_gone(held.owner):
+        raise UserError(f"nobody works on {run_dir} from Ray: there is nothing to cancel")
+    (run_dir / "STOP").touch()
+    deadline = time.monotonic() + ray_submit.STOP_SECONDS
+    while lease.read(run_dir) is not None and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    if lease.read(run_dir) is not None:
+        raise UserError(
+            f"{run_dir} has not stopped in {ray_submit.STOP_SECONDS:.0f} s; `dist-sft status "
+            f"{run_dir}` tells who works on it: end that process, or its job with `ray job stop`"
+        )
+    print(f"ended; `launch/ray_job.py resume {run_dir}` continues")
+    return runs.FINISHED
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Go on with a run as it was launched."""
+    run_dir: Path = options.run_dir
+    if ray_submit.is_http(options.address):
+        words = ["dist_sft.ray_job", "resume", str(run_dir.absolute()), "--address=auto"]
+        return ray_submit.submit(
+            options.address,
+            ray_submit.entrypoint(words, options.folder or os.getcwd()),
+            str(run_dir.absolute()),
+            ray_submit.read_runtime_env(options.runtime_env),
+        )
+    how = runs.read_launch(run_dir)
+    if how.launcher != "ray":
+        raise UserError(f"{run_dir} was launched by {how.launcher}, not by launch/ray_job.py")
+    if runs.is_finished(read_config_json(run_dir)):
+        print(f"{run_dir} is finished already")
+        return runs.FINISHED
+    seen = lease.wait_until_free(run_dir)
+    (run_dir / "STOP").unlink(missing_ok=True)
+    if options.address:
+        how = replace(how, options=how.options | {"address": options.address})
+    return run(run_dir, how, seen)
 
 
 def size_of(options: argparse.Namespace) -> tuple[int, int]:
@@ -153,13 +264,17 @@ def resources_of(options: argparse.Namespace) -> dict[str, float]:
 def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
     """Run attempts on Ray until one ends the run; return its exit code."""
     options, began = launch.options, max(runs.attempts(run_dir), default=-1)
-    low, high = options["workers"]
+    (low, high), per_worker = options["workers"], options["resources_per_worker"]
+    if low < high:  # Ray takes a node that has just died for one that may be used
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
     with ExitStack() as stack:
         if options["address"] is None:
-            stack.enter_context(ray_cluster.started(high, options["resources_per_worker"]))
+            stack.enter_context(ray_cluster.started(high, per_worker))
         else:
             stack.enter_context(ray_cluster.joined(options["address"]))
-        ray_cluster.wait_for_room(low, options["resources_per_worker"], options["wait"])
+        if "GPU" not in per_worker and ray_cluster.has_gpus():
+            per_worker["GPU"] = 1.0
+        ray_cluster.wait_for_room(low, per_worker, options["wait"])
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
         engine = Engine(run_dir, launch, seen)
         engine.start()

@@ -252,4 +252,3 @@ def last_step(metrics: Path, attempt: int) -> dict[str, Any] | None:
             if "loss" in line and line["attempt"] == attempt:
                 return line
     return None
-

@@ -65,7 +65,7 @@ class Node:
 
 
 class Cluster:
-    """A head, and the nodes that were added to it; nodes have addresses 127.0.0.2, 127.0.0.3, ..."""
+    """A head, and the nodes that were added to it, with addresses of their own from 127.0.0.2."""
 
     def __init__(self, folder: Path, cpus: int) -> None:
         self._folder = folder
@@ -104,6 +104,14 @@ class Cluster:
             "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken",
             f"--deadline-remaining-seconds={seconds}",
         )  # fmt: skip
+
+    def jobs(self) -> str:
+        """Return all that Ray tells of the jobs that were submitted."""
+        listing = (
+            "from ray.job_submission import JobSubmissionClient; "
+            f"print(JobSubmissionClient('{self.http}').list_jobs())"
+        )
+        return self._call(sys.executable, "-c", listing)
 
     def _call(self, *command: str | Path) -> str:
         done = subprocess.run(

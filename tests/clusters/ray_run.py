@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from launching import ROOT, read
 
-from dist_sft import report, runs
+from dist_sft import node, report, runs
 
 SECONDS = 120
 
@@ -81,13 +81,12 @@ class RayRun:
     def ranks(self) -> list[psutil.Process]:
         """Return the processes of the ranks of the newest attempt, by their numbers."""
         attempt = max(runs.attempts(self.run_dir))
+        command = node.rank_command(self.run_dir, "train", attempt)[1:]
         found = {}
         for process in psutil.process_iter():
             with suppressed():
-                command = process.cmdline()
-                if command[1:3] == ["-m", "dist_sft.train"] and str(self.run_dir) in command:
-                    if f"--attempt={attempt}" in command:
-                        found[int(process.environ()["RANK"])] = process
+                if process.cmdline()[1:] == command:
+                    found[int(process.environ()["RANK"])] = process
         return [process for _, process in sorted(found.items())]
 
     def outcomes(self) -> list[tuple[int, str]]:
