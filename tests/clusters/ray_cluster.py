@@ -25,11 +25,20 @@ class Node:
     """One `ray start`; `ended` when the test is done with it."""
 
     def __init__(
-        self, ip: str, command: list[str], environment: Mapping[str, str], log: Path
+        self,
+        ip: str,
+        options: list[str],
+        hides: Path | None,
+        environment: Mapping[str, str],
+        log: Path,
     ) -> None:
+        command = [str(RAY), "start", "--block", "--disable-usage-stats", *options]
+        if hides is not None:
+            mount = f"mount -t tmpfs none '{hides}' && exec \"$@\""
+            command = ["unshare", "--mount", "bash", "-c", mount, "bash", *command]
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [str(RAY), "start", "--block", "--disable-usage-stats", *command],
+                command,
                 env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.ip, self.log = ip, log
@@ -89,8 +98,9 @@ class Cluster:
             f"--dashboard-port={self.dashboard}",
         )  # fmt: skip
 
-    def add(self, cpus: int = 1) -> Node:
-        return self._start(cpus, f"--address={self.address}")
+    def add(self, cpus: int = 1, hides: Path | None = None) -> Node:
+        """Add a node; it `hides` a folder, as one does on which a file system is not mounted."""
+        return self._start(cpus, f"--address={self.address}", hides=hides)
 
     def drain(self, node: Node, seconds: int = 300) -> None:
         """Announce that a node will be taken away, as a cloud does before it takes one."""
@@ -120,7 +130,7 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def _start(self, cpus: int, *options: str) -> Node:
+    def _start(self, cpus: int, *options: str, hides: Path | None = None) -> Node:
         number = next(self._numbers)
         ip = f"127.0.0.{2 + number}"
         command = [
@@ -129,7 +139,7 @@ class Cluster:
             "--min-worker-port=0", "--max-worker-port=0",
             f"--temp-dir={self._folder}/{number}", *options,
         ]  # fmt: skip
-        node = Node(ip, command, self.environment, self._folder / f"node-{number}.log")
+        node = Node(ip, command, hides, self.environment, self._folder / f"node-{number}.log")
         self.nodes.append(node)
         node.wait_until_up()
         return node

@@ -44,6 +44,9 @@ class Driver:
         assert self.process.returncode == code, out
         return out
 
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the whole group, as a terminal does."""
         os.killpg(self.process.pid, number)
@@ -60,7 +63,7 @@ class Driver:
 class RayRun:
     """A run folder, and who runs it."""
 
-    def __init__(self, run_dir: Path, driver: Driver) -> None:
+    def __init__(self, run_dir: Path, driver: Driver | None) -> None:
         self.run_dir, self.driver = run_dir, driver
 
     def steps(self) -> list[int]:
@@ -73,7 +76,8 @@ class RayRun:
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + SECONDS
         while not happened():
-            if time.monotonic() > deadline or self.driver.process.poll() is not None:
+            assert self.driver or time.monotonic() < deadline, what
+            if self.driver and (time.monotonic() > deadline or self.driver.ended()):
                 self.driver.kill()
                 raise AssertionError(f"{what}: {self.driver.process.communicate()[0]}")
             time.sleep(0.05)

@@ -211,3 +211,38 @@ def test_a_submitted_job(ray: Cluster, whole: Path, recipe: Path, tmp_path: Path
     for path in run.run_dir.rglob("*"):
         assert path.is_dir() or secret.encode() not in path.read_bytes(), path
     assert secret not in ray.jobs()
+
+
+@matrix
+def test_a_node_that_does_not_see_the_run_folder(ray: Cluster, tmp_path: Path) -> None:
+    """It is named before a model is loaded."""
+    (tmp_path / "hidden").mkdir()
+    hidden = make(tmp_path / "hidden", "run")
+    ray.nodes.pop().kill()
+    blind = ray.add(hides=hidden.parent)
+    run = launch(ray, hidden, "--wait=60")
+    out = run.driver.finish(runs.FAILED)
+    assert "attempt-0 is not there: run_dir must be a folder that every node sees" in out
+    assert runs.attempts(run.run_dir) == [0]
+    assert not (run.run_dir / "initial").exists()
+    ray.nodes.remove(blind)
+    blind.kill()
+    ray.add()
+
+
+@matrix
+def test_two_runs_at_a_time(ray: Cluster, whole: Path, recipe: Path) -> None:
+    """The second waits for room, says so, and does not touch the first."""
+    first = launch(ray, recipe)
+    first.wait_for_step(EVERY)
+    other = make(whole.parent, f"{recipe.stem} beside")
+    out = launch(ray, other, "--wait=3").driver.finish(runs.WRONG_INPUT)
+    assert "but in use: left are" in out
+    again = launch(ray, recipe).driver.finish(runs.WRONG_INPUT)
+    assert "is in use by process" in again
+    first.driver.signal(signal.SIGTERM)
+    first.driver.finish(runs.STOPPED)
+    stopped(first, 0, "signal SIGTERM")
+    last = launch(ray, recipe)
+    last.driver.finish()
+    check_like(whole, last, attempts=2)
