@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 from dist_sft.errors import UserError
 
+CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 2**27  # no data goes through it; Ray would take 30 % of the memory
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -64,17 +66,28 @@ def started(workers: int, per_worker: Resources) -> Iterator[str]:
 @contextlib.contextmanager
 def joined(address: str) -> Iterator[None]:
     """Be a driver of an existing cluster within a block. Raises UserError where that cannot be."""
+    if address != "auto":
+        try:  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise unreachable(address, error) from None
     with _ray() as ray:
         try:
             context = ray.init(address=address)
         except Exception as error:
-            raise UserError(
-                f"--address: got {address}, and Ray cannot join it: {error}\nallowed: auto or "
-                "HOST:PORT on a node of the cluster, http://HOST:PORT of its dashboard from "
-                "anywhere, or none to start Ray on this machine"
-            ) from None
+            raise unreachable(address, error) from None
         warn(context.dashboard_url)
         yield
+
+
+def unreachable(address: str, error: Exception) -> UserError:
+    """Return what was given, and what is allowed."""
+    return UserError(
+        f"--address: got {address}, and it cannot be joined: {error}\nallowed: auto or HOST:PORT "
+        "on a node of the cluster, with its token in RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN; "
+        "http://HOST:PORT of its dashboard from anywhere; none to start Ray on this machine"
+    )
 
 
 @contextlib.contextmanager

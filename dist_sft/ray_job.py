@@ -7,6 +7,7 @@ This process hears signals, and says how it went. It needs no torch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -46,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--max-workers", type=int, metavar="N", help="grow and shrink: at most N")
     result.add_argument(
         "--resources-per-worker",
-        nargs="+",
-        action="extend",
-        metavar="NAME=COUNT",
+        action="append",
+        default=[],
+        metavar="NAME=COUNT,...",
         help="what Ray reserves for a worker (default: CPU=1, and GPU=1 where there are GPUs)",
     )
     result.add_argument(
@@ -176,7 +177,7 @@ def submitted(options: argparse.Namespace) -> str:
         if getattr(options, name) is not None:
             words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     for name in ("resources_per_worker", "allow_change"):
-        words += [f"--{name.replace('_', '-')}={value}" for value in getattr(options, name) or ()]
+        words += [f"--{name.replace('_', '-')}={value}" for value in getattr(options, name)]
     if options.trust_checkpoint:
         words.append("--trust-checkpoint")
     return ray_submit.entrypoint([*words, "--address=auto"], options.folder or os.getcwd())
@@ -245,13 +246,15 @@ def size_of(options: argparse.Namespace) -> tuple[int, int]:
 def resources_of(options: argparse.Namespace) -> dict[str, float]:
     """Return what Ray reserves for a worker; raises UserError."""
     resources = {"CPU": 1.0}
-    for given in options.resources_per_worker or ():
+    for given in itertools.chain.from_iterable(x.split(",") for x in options.resources_per_worker):
         name, _, count = given.partition("=")
         try:
             resources[name] = float(count)
+            if not name or resources[name] < 0:
+                raise ValueError
         except ValueError:
             raise UserError(
-                f"--resources-per-worker: got {given}; allowed: NAME=COUNT, as CPU=4 GPU=1"
+                f"--resources-per-worker: got {given}; allowed: NAME=COUNT,... as CPU=4,GPU=1"
             ) from None
     if resources.get("GPU", 0) not in (0, 1):
         raise UserError(
@@ -392,6 +395,7 @@ def dry_run(
     attempt = max(runs.attempts(run_dir), default=-1) + 1
     asked = {
         "address": options.address,
+        **({"entrypoint": submitted(options)} if ray_submit.is_http(options.address) else {}),
         "num_workers": size[0] if size[0] == size[1] else list(size),
         "resources_per_worker": per_worker,
         "restarts": options.restarts,
