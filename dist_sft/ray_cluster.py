@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -32,7 +33,7 @@ Resources = Mapping[str, float]
 
 
 @contextlib.contextmanager
-def started(workers: int, per_worker: Resources) -> Iterator[str]:
+def started(workers: int, per_worker: Resources) -> Iterator[None]:
     """Run Ray on this machine within a block, for this run alone.
 
     Only who has the token can use it, and its dashboard is reached from this machine only.
@@ -44,10 +45,11 @@ def started(workers: int, per_worker: Resources) -> Iterator[str]:
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     needed = {key: count * workers for key, count in per_worker.items()}
-    cpus = max(os.cpu_count() or 1, int(needed.pop("CPU", 0) + 0.999))
-    gpus = needed.pop("GPU", None)
-    with _ray() as ray:
-        context = ray.init(
+    cpus = max(os.cpu_count() or 1, math.ceil(needed.pop("CPU", 0)))
+    needed.pop("GPU", None)  # Ray counts them itself
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        context = stack.enter_context(_ray()).init(
             address="local",
             num_cpus=cpus,
             resources=needed or None,
@@ -56,11 +58,8 @@ def started(workers: int, per_worker: Resources) -> Iterator[str]:
             include_dashboard=True,
             _temp_dir=str(folder),
         )
-        if gpus and ray.cluster_resources().get("GPU", 0) < gpus:
-            raise too_small(workers, per_worker, nodes(ray))
         print(f"Ray runs on this machine; its dashboard: http://{context.dashboard_url}")
-        yield str(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+        yield
 
 
 @contextlib.contextmanager
