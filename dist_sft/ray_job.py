@@ -281,23 +281,23 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
         engine = Engine(run_dir, launch, seen)
         engine.start()
-        follow(engine, relay, run_dir, launch, began)
+        left = follow(engine, relay, run_dir, launch, began)
     newest = max(runs.attempts(run_dir), default=-1)
-    outcome = runs.read_outcome(run_dir, newest) if newest > began else None
-    if relay.leaves or (outcome is None and relay.received):
-        reason = "left at once: nothing was saved, older checkpoints are whole"
-        outcome = outcome or runs.Outcome(runs.STOPPED, reason, -1)
-    if outcome is None:
-        outcome = engine.verdict()
-    if newest > began and runs.read_outcome(run_dir, newest) is None:
+    ended = runs.read_outcome(run_dir, newest) if newest > began else None
+    outcome = ended or left or engine.verdict()
+    if left is not None and outcome.code == runs.FAILED:  # it waited to go on
+        outcome = left
+    if newest > began and ended is None:
         runs.write_outcome(run_dir, newest, outcome)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
     return outcome.code
 
 
-def follow(engine: Engine, relay: Relay, run_dir: Path, launch: runs.Launch, began: int) -> None:
-    """Return when Ray has ended the run, or where a signal asks to leave.
+def follow(
+    engine: Engine, relay: Relay, run_dir: Path, launch: runs.Launch, began: int
+) -> runs.Outcome | None:
+    """Return None when Ray has ended the run, or why it is left before.
 
     Raises UserError where Ray finds no room to begin. Where it loses it on the way, the run waits
     for nodes to come back.
@@ -309,23 +309,25 @@ def follow(engine: Engine, relay: Relay, run_dir: Path, launch: runs.Launch, beg
     while engine.is_alive():
         engine.join(LOOK_SECONDS)
         if relay.leaves:
-            return
+            reason = "left at once: nothing was saved, older checkpoints are whole"
+            return runs.Outcome(runs.STOPPED, reason, -1)
         newest = max(runs.attempts(run_dir), default=-1)
-        runs_now = newest > began and runs.read_outcome(run_dir, newest) is None
-        if relay.received is not None:
-            if not runs_now and newest <= began:
-                return
+        works = newest > began and runs.read_outcome(run_dir, newest) is None
+        if works and relay.received is not None:
             ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
-        if runs_now or not ray_cluster.waits_for_room(low, high, per_worker):
+        stops = relay.received is not None or (run_dir / "STOP").exists()
+        waits = not works and ray_cluster.waits_for_room(low, high, per_worker)
+        if stops and (waits or newest <= began):
+            return runs.Outcome(runs.STOPPED, "stopped while no worker was running", -1)
+        if not waits:
             ran_at = time.monotonic()
-        elif relay.received is not None:
-            return  # nobody is there to stop
         elif time.monotonic() - ran_at > launch.options["wait"]:
             lacking = ray_cluster.too_busy(low, per_worker)
             if newest <= began:
                 raise lacking
             print(f"waiting to go on: {lacking}", file=sys.stderr, flush=True)
             ran_at = time.monotonic()
+    return None
 
 
 class Engine(threading.Thread):
