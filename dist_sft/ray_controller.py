@@ -131,7 +131,8 @@ class Attempts(UserCallback):  # type: ignore[misc]
         if outcome is None:
             outcome = explain(run_dir, attempt, worker_exceptions)
             runs.write_outcome(run_dir, attempt, outcome)
-        if outcome.code == runs.STOPPED and any(why in outcome.reason for why in GOES_ON):
+        moved = any(isinstance(error, Moved) for error in worker_exceptions.values())
+        if outcome.code == runs.STOPPED and (moved or outcome.asked_by in GOES_ON):
             return
         if outcome.code != runs.FAILED:
             raise GaveUp(outcome.reason)
@@ -160,7 +161,9 @@ def explain(run_dir: Path, attempt: int, errors: dict[int, Exception]) -> runs.O
         reason = " ".join(str(getattr(error, "health_check_failure", error)).split())
         killed = runs.Outcome(runs.FAILED, f"its Ray worker failed: {reason}", -1)
         runs.write_failure(run_dir, attempt, rank, killed, killed=True)
-    return node.blame(run_dir, attempt) or runs.Outcome(runs.STOPPED, GOES_ON[0], -1)
+    return node.blame(run_dir, attempt) or runs.Outcome(
+        runs.STOPPED, GOES_ON[0], -1, asked_by=GOES_ON[0]
+    )
 
 
 def look(work: Work, attempt: int) -> roll_call.Node:

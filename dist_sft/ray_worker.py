@@ -141,7 +141,8 @@ def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) 
         with contextlib.suppress(OSError):
             if rank == 0 and runs.read_outcome(run_dir, attempt) is None:
                 reason = f"stopped by {asked} before the workers could write a checkpoint"
-                runs.write_outcome(run_dir, attempt, runs.Outcome(runs.STOPPED, reason, -1))
+                left = runs.Outcome(runs.STOPPED, reason, -1, asked_by=asked)
+                runs.write_outcome(run_dir, attempt, left)
         outcome = runs.read_outcome(run_dir, attempt)
         if asked in GOES_ON and not (outcome and outcome.code == runs.FINISHED):
             raise Moved(asked)

@@ -255,9 +255,14 @@ def test_what_is_not_tried_again(
 
 
 def test_ranks_that_have_moved_go_on(attempts: Attempts, run_dir: Path) -> None:
-    saved = Outcome(runs.STOPPED, f"stopped by {ray_worker.DRAIN} after step 3, saved", 3)
-    runs.write_outcome(run_dir, 0, saved)
+    runs.write_outcome(run_dir, 0, Outcome(runs.STOPPED, "stopped", 3, asked_by="another rank"))
     attempts.after_exception(None, {0: ray_worker.Moved("x"), 1: RuntimeError("node died")})
+
+
+def test_a_drained_node_that_died_first_goes_on(attempts: Attempts, run_dir: Path) -> None:
+    saved = Outcome(runs.STOPPED, "stopped", 3, asked_by=ray_worker.DRAIN)
+    runs.write_outcome(run_dir, 0, saved)
+    attempts.after_exception(None, {1: RuntimeError("node died")})
 
 
 def test_the_first_wish_to_stop_counts(run_dir: Path) -> None:
