@@ -27,7 +27,7 @@ from dist_sft import lease, process, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.preflight import named_gpus
-from dist_sft.stopping import Relay
+from dist_sft.stopping import Asked, Relay
 from dist_sft.watchdog import FOLDER, Watchdog
 
 OUTCOME_SECONDS = 3600  # what a node whose ranks have finished gives rank 0 to export the model
@@ -69,6 +69,11 @@ def torchrun_command(run_dir: Path, job: str, attempt: int, group: Group) -> lis
         str(run_dir),
         f"--attempt={attempt}",
     ]
+
+
+def rank_command(run_dir: Path, job: str, attempt: int) -> list[str]:
+    """Return the command line of a rank where torchrun does not start it."""
+    return [sys.executable, "-m", f"dist_sft.{job}", str(run_dir), f"--attempt={attempt}"]
 
 
 def rank_environment(threads: int, gpus: int) -> dict[str, str]:
@@ -201,13 +206,13 @@ def _end_before_start(run_dir: Path, attempt: int, group: Group, reason: str) ->
 def watch(
     child: subprocess.Popen[bytes],
     watchdog: Watchdog,
-    relay: Relay,
+    relay: Asked,
     run_dir: Path,
     attempt: int,
     ranks: int,
     lost: threading.Event | None = None,
 ) -> None:
-    """Wait until torchrun has ended; end it where a rank hangs, and write down which one.
+    """Wait until a rank, or torchrun, has ended; end it where a rank hangs, and write down which.
 
     End it, too, where somebody asks to stop before there is anything to save, or where the run is
     `lost` to another launcher: what these ranks compute counts for nothing any more.
@@ -233,13 +238,13 @@ def watch(
             kill(child)
 
 
-def kill(torchrun: subprocess.Popen[bytes]) -> None:
+def kill(child: subprocess.Popen[bytes]) -> None:
     """End torchrun and its ranks, which are in sessions of their own, and see them ended."""
     with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended in this moment
-        torchrun.send_signal(signal.SIGSTOP)  # from now on it starts no other
-        processes = psutil.Process(torchrun.pid).children(recursive=True)
-        torchrun.kill()
-        process.kill(child.pid for child in processes)
+        child.send_signal(signal.SIGSTOP)  # from now on it starts no other
+        processes = psutil.Process(child.pid).children(recursive=True)
+        child.kill()
+        process.kill(one.pid for one in processes)
 
 
 def _await_outcome(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> runs.Outcome | None:
@@ -270,14 +275,9 @@ def reconstruct(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> run
     if relay.leaves:
         reason = "left at once, at a second signal: nothing was saved, older checkpoints are whole"
         return runs.Outcome(runs.STOPPED, reason, -1)
-    failure = runs.first_failure(run_dir, attempt)
-    if failure is not None:
-        rank, outcome = failure
-        if outcome.code == runs.WRONG_INPUT:
-            return outcome
-        where = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
-        reason = f"{outcome.reason}\nrank {rank} failed first; its log: {where}"
-        return replace(outcome, reason=reason)
+    blamed = blame(run_dir, attempt)
+    if blamed is not None:
+        return blamed
     if relay.received is not None:
         name = relay.received.name
         reason = f"stopped by signal {name} before the workers could write a checkpoint"
@@ -286,6 +286,18 @@ def reconstruct(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> run
         reason = "this node's workers have finished, but rank 0 on node 0 has not said how it went"
         return runs.Outcome(runs.FAILED, reason, -1)
     return runs.Outcome(runs.FAILED, ended.last_words(), -1)
+
+
+def blame(run_dir: Path, attempt: int) -> runs.Outcome | None:
+    """Return how an attempt failed, by the rank that did first; None where none wrote it down."""
+    failure = runs.first_failure(run_dir, attempt)
+    if failure is None:
+        return None
+    rank, outcome = failure
+    if outcome.code == runs.WRONG_INPUT:
+        return outcome
+    where = runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log"
+    return replace(outcome, reason=f"{outcome.reason}\nrank {rank} failed first; its log: {where}")
 
 
 @dataclass(frozen=True)
@@ -307,7 +319,7 @@ class _Ended:
             return
         code, rank = int(verdict[1]), self._first_rank + int(verdict[2])
         if code < 0 and code != -signal.SIGABRT and not runs.has_failed(run_dir, attempt, rank):
-            outcome = runs.Outcome(runs.FAILED, _explain_exit(code), -1)
+            outcome = runs.Outcome(runs.FAILED, explain_exit(code), -1)
             runs.write_failure(run_dir, attempt, rank, outcome, killed=True)
 
     def report_silence(self, run_dir: Path, attempt: int, outcome: runs.Outcome) -> None:
@@ -321,7 +333,7 @@ class _Ended:
         told, what = text, f"torchrun ended with {self.returncode}"
         if verdict is not None:
             told = text[: verdict.start()]
-            what = f"worker {verdict[2]}: {_explain_exit(int(verdict[1]))}"
+            what = f"worker {verdict[2]}: {explain_exit(int(verdict[1]))}"
         lines = [f"{what}; nobody said why. Logs: {self.log.parent}", *told.splitlines()[-15:]]
         return "\n".join(lines)
 
@@ -338,7 +350,8 @@ class _Ended:
         return re.search(form, self._text(), re.MULTILINE)
 
 
-def _explain_exit(code: int) -> str:
+def explain_exit(code: int) -> str:
+    """Say how a rank ended, by the exit code that its parent got."""
     if code >= 0:
         return f"ended with {code}"
     what = f"ended by {signal.Signals(-code).name}"

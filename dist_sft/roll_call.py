@@ -74,16 +74,9 @@ def take(
     is the only one.
     """
     folder = runs.attempt_dir(run_dir, attempt)
-    alike = {
-        "recipe": recipe.fingerprint(),
-        "GPUs": str(gpus),
-        "threads per worker": str(threads),
-        "python": sys.version.split()[0],
-        "dist_sft": __version__,
-        **{name: _version(name) for name in LIBRARIES},
-    }
+    alike = {"GPUs": str(gpus), **facts(recipe, threads)}
     problems = machine_mistakes(recipe, workers, gpus, "--workers-per-node")
-    problems += [*_too_few_gpus(workers, gpus), *_too_full(run_dir, recipe)]
+    problems += [*_too_few_gpus(workers, gpus), *too_full(run_dir, recipe)]
     unreachable, verdict = None, None
     with contextlib.ExitStack() as stack:
         if address and node_rank == 0:
@@ -110,6 +103,17 @@ def take(
     if verdict["problems"]:
         who = "the nodes cannot work together:" if nodes > 1 else "this node cannot do the work:"
         raise NotTogether("\n  ".join([who, *verdict["problems"]]))
+
+
+def facts(recipe: Recipe, threads: int) -> dict[str, str]:
+    """Return what must be the same on all nodes."""
+    return {
+        "recipe": recipe.fingerprint(),
+        "threads per worker": str(threads),
+        "python": sys.version.split()[0],
+        "dist_sft": __version__,
+        **{name: _version(name) for name in LIBRARIES},
+    }
 
 
 def bad_hosts(run_dir: Path, attempt: int) -> list[str]:
@@ -257,7 +261,8 @@ def _too_few_gpus(workers: int, gpus: int) -> Iterator[str]:
         )
 
 
-def _too_full(run_dir: Path, recipe: Recipe) -> Iterator[str]:
+def too_full(run_dir: Path, recipe: Recipe) -> Iterator[str]:
+    """Say where there is no room for a checkpoint."""
     try:
         needed, free = checkpoint_bytes(recipe), shutil.disk_usage(run_dir).free
     except OSError as error:

@@ -20,14 +20,21 @@ def status(run_dir: Path) -> list[str]:
         return [line for folder in folders for line in (*status(folder), "")][:-1]
     launch, held = runs.read_launch(run_dir), lease.read(run_dir)
     return [
-        f"{run_dir}: launched by {launch.launcher}, nodes: {launch.nodes}, workers per node: "
-        f"{launch.workers_per_node}",
+        f"{run_dir}: launched by {launch.launcher}, {_size(launch)}",
         f"owner: {_owner(run_dir, held)}",
         *_jobs(run_dir),
         *_attempts(run_dir, held),
         _progress(run_dir),
         _checkpoints(run_dir),
     ]
+
+
+def _size(launch: runs.Launch) -> str:
+    if launch.launcher == "ray":  # which places workers as it likes
+        low, high = launch.options["workers"]
+        wanted = str(low) if low == high else f"{low} to {high}"
+        return f"workers: {launch.options.get('placed', 'none yet')} (wanted: {wanted})"
+    return f"nodes: {launch.nodes}, workers per node: {launch.workers_per_node}"
 
 
 def _owner(run_dir: Path, held: lease.Lease | None) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 from dist_sft.watchdog import FOLDER
 
@@ -23,8 +23,37 @@ to its group."""
 
 
 REASON = "stop"
-"""Name of the file, in the folder of heartbeats, that says which signal the node got."""
-BLANK = b" " * 16
+"""Name of the file, in the folder of heartbeats, that says why the ranks shall stop."""
+BLANK = b" " * 64
+
+
+class Asked(Protocol):
+    """Who knows whether ranks were asked to stop."""
+
+    @property
+    def received(self) -> object | None:
+        """Return what asked them to, or None."""
+
+    @property
+    def leaves(self) -> bool:
+        """Tell whether they shall be ended at once."""
+
+
+class Notice:
+    """The file in which ranks of this node read why they shall stop.
+
+    It has its size before it is needed: then even a full disk takes what it says.
+    """
+
+    def __init__(self, hearts: Path) -> None:
+        self._file = os.open(hearts / REASON, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.pwrite(self._file, BLANK, 0)
+
+    def write(self, why: str) -> None:
+        os.pwrite(self._file, why.encode()[: len(BLANK)].ljust(len(BLANK)), 0)
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 class StopFlag:
@@ -51,7 +80,7 @@ class StopFlag:
             return f"signal {signal.Signals(self._signal).name}"
         told = self._told.read_text().strip() if self._told and self._told.exists() else ""
         if told:
-            return f"signal {told}"
+            return told
         return "STOP file" if self._file and self._file.exists() else None
 
 
@@ -75,7 +104,7 @@ class Relay:
         self.leaves = False
         """Whether the ranks shall be ended at once."""
         self._asked_at: float | None = None
-        self._told: int | None = None
+        self._notice: Notice | None = None
 
     def __enter__(self) -> Self:
         self._before = {
@@ -86,18 +115,14 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._told is not None:
-            os.close(self._told)
+        if self._notice is not None:
+            self._notice.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def attach(self, hearts: Path) -> None:
-        """Tell the ranks that look into this folder from now on, and of what came before.
-
-        The file has its size before it is needed: then even a full disk takes what it says.
-        """
-        self._told = os.open(hearts / REASON, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.pwrite(self._told, BLANK, 0)
+        """Tell the ranks that look into this folder from now on, and of what came before."""
+        self._notice = Notice(hearts)
         self._tell()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -120,5 +145,5 @@ class Relay:
         self._tell()
 
     def _tell(self) -> None:
-        if self.received and self._told is not None:
-            os.pwrite(self._told, self.received.name.encode(), 0)
+        if self.received and self._notice is not None:
+            self._notice.write(f"signal {self.received.name}")

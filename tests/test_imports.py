@@ -55,9 +55,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("launcher", ["local", "ray_job"])
 @pytest.mark.parametrize("option", ["--help", "--dry-run", "--prepare"])
-def test_launcher_answers_at_once(recipe: Path, option: str) -> None:
-    runs = [run("launch/local.py", "train", recipe, option) for _ in range(TRIES)]
+def test_launcher_answers_at_once(recipe: Path, option: str, launcher: str) -> None:
+    runs = [run(f"launch/{launcher}.py", "train", recipe, option) for _ in range(TRIES)]
     for loaded, _ in runs:
         assert loaded >= {"dist_sft", "pydantic"}
         assert loaded.isdisjoint(HEAVY)

@@ -942,7 +942,7 @@ def test_the_first_signal_reaches_the_ranks_once(
     hint = again if numbers[0] in (signal.SIGINT, signal.SIGTERM) else ""
     assert capfd.readouterr().err == (
         f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends{hint}\n"
-        f"{passed_on}\nthe same command continues the run\n"
+        f"signal {passed_on}\nthe same command continues the run\n"
     )
     assert [signal.getsignal(number) for number in Relay.HEARD] == before
 
@@ -1023,7 +1023,9 @@ def test_a_signal_before_torchrun_starts_is_not_lost(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGUSR1)
         relay.attach(tmp_path)
         signal.raise_signal(signal.SIGTERM)
-    assert (tmp_path / stopping.REASON).read_text().strip() == "SIGUSR1", "the first one counts"
+    assert (tmp_path / stopping.REASON).read_text().strip() == "signal SIGUSR1", (
+        "the first one counts"
+    )
 
 
 def test_a_scheduler_may_say_term_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1056,7 +1058,7 @@ def test_a_rank_remembers_why_it_should_stop(tmp_path: Path) -> None:
         assert flag.reason is None
         (tmp_path / "STOP").touch()
         assert flag.reason == "STOP file"
-        (tmp_path / stopping.REASON).write_text("SIGHUP".ljust(16))
+        (tmp_path / stopping.REASON).write_text("signal SIGHUP".ljust(16))
         assert flag.reason == "signal SIGHUP", "what its node got"
         for number in before:
             signal.raise_signal(number)

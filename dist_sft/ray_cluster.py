@@ -1,0 +1,200 @@
+"""Start Ray on this machine, or join a cluster: safely, and only one that is large enough."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dist_sft.errors import UserError
+
+CONNECT_SECONDS = 10.0
+OBJECT_STORE_BYTES = 2**27  # no data goes through it; Ray would take 30 % of the memory
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DEDUP_LOGS": "0",  # or one rank's error would hide another's
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # runs on the dashboard
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns of
+}
+HIDDEN = ("node:", "object_store", "memory", "accelerator_type", "bundle_group")
+"""Resources by which Ray names nodes and groups, or that are its own."""
+Resources = Mapping[str, float]
+
+
+@contextlib.contextmanager
+def started(workers: int, per_worker: Resources) -> Iterator[None]:
+    """Run Ray on this machine within a block, for this run alone.
+
+    Only who has the token can use it, and its dashboard is reached from this machine only.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dist_sft-ray-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    needed = {key: count * workers for key, count in per_worker.items()}
+    cpus = max(os.cpu_count() or 1, math.ceil(needed.pop("CPU", 0)))
+    needed.pop("GPU", None)  # Ray counts them itself
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        context = stack.enter_context(_ray()).init(
+            address="local",
+            num_cpus=cpus,
+            resources=needed or None,
+            object_store_memory=OBJECT_STORE_BYTES,
+            dashboard_host="127.0.0.1",
+            include_dashboard=True,
+            _temp_dir=str(folder),
+        )
+        print(f"Ray runs on this machine; its dashboard: http://{context.dashboard_url}")
+        yield
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Be a driver of an existing cluster within a block. Raises UserError where that cannot be."""
+    if address != "auto":
+        try:  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise unreachable(address, error) from None
+    with _ray() as ray:
+        try:
+            context = ray.init(address=address)
+        except Exception as error:
+            raise unreachable(address, error) from None
+        warn(context.dashboard_url)
+        yield
+
+
+def unreachable(address: str, error: Exception) -> UserError:
+    """Return what was given, and what is allowed."""
+    return UserError(
+        f"--address: got {address}, and it cannot be joined: {error}\nallowed: auto or HOST:PORT "
+        "on a node of the cluster, with its token in RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN; "
+        "http://HOST:PORT of its dashboard from anywhere; none to start Ray on this machine"
+    )
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[Any]:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise UserError("Ray is not installed here: pip install 'dist-sft[ray]'") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def warn(dashboard: str | None) -> None:
+    """Say what is unsafe about a cluster, and how to make it safe."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return
+    host = urlsplit(f"//{dashboard}").hostname if dashboard else None
+    public = f" Its dashboard listens on {host}." if host not in (None, "127.0.0.1") else ""
+    print(
+        "warning: this cluster has no token authentication: whoever reaches its ports can run "
+        f"anything.{public} Start it with RAY_AUTH_MODE=token, after `ray get-auth-token "
+        "--generate`, the same token on every node, and with --dashboard-host 127.0.0.1"
+    )
+
+
+def nodes(ray: Any) -> list[tuple[str, Resources]]:
+    """Return the name and the resources of every node that is alive."""
+    return [
+        (node["NodeManagerHostname"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]
+
+
+def has_gpus() -> bool:
+    """Tell whether the cluster has a GPU."""
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def room(per_worker: Resources, found: Sequence[Resources]) -> int:
+    """Count the workers for which nodes with these resources have room."""
+    wanted = {key: count for key, count in per_worker.items() if count}
+    if not wanted:
+        return 2**30
+    return sum(int(min(has.get(key, 0) // count for key, count in wanted.items())) for has in found)
+
+
+def wait_for_room(workers: int, per_worker: Resources, seconds: float) -> None:
+    """Return when the cluster has so many workers' resources; raise UserError where it has not.
+
+    What other jobs use counts: Ray queues.
+    """
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while room(per_worker, [resources for _, resources in nodes(ray)]) < workers:
+        if time.monotonic() > deadline:
+            raise too_small(workers, per_worker, nodes(ray))
+        time.sleep(1)
+
+
+def waits_for_room(low: int, high: int, per_worker: Resources) -> bool:
+    """Tell whether Ray has not found room for workers that it was asked to start.
+
+    A number that may vary is looked for before there is a placement group.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    if low < high:
+        free = ray.available_resources()
+        return any(free.get(key, 0) < low * count for key, count in per_worker.items())
+    return any(
+        group["state"] == "PENDING" and len(group["bundles"]) == low
+        for group in placement_group_table().values()
+    )
+
+
+def too_busy(workers: int, per_worker: Resources) -> UserError:
+    """Return what was asked and what is left, of a cluster that is large enough or was."""
+    import ray
+
+    if room(per_worker, [resources for _, resources in nodes(ray)]) < workers:
+        return too_small(workers, per_worker, nodes(ray))
+    return UserError(
+        f"--workers: got {workers}, each with {told(per_worker)}; the cluster is large enough as "
+        f"far as Ray knows, but in use: left are {told(ray.available_resources())}. Wait longer "
+        "with --wait SECONDS, or ask for fewer"
+    )
+
+
+def too_small(
+    workers: int, per_worker: Resources, found: Sequence[tuple[str, Resources]]
+) -> UserError:
+    """Return what was asked and what there is."""
+    has = room(per_worker, [resources for _, resources in found])
+    listed = "; ".join(f"{name}: {told(resources)}" for name, resources in found)
+    return UserError(
+        f"--workers: got {workers}, each with {told(per_worker)}; the cluster has room for {has} "
+        f"({listed}). Ask for fewer, or for less with --resources-per-worker, or let nodes join"
+    )
+
+
+def told(resources: Resources) -> str:
+    """Return resources for a person, without those that name a node."""
+    shown = {key: count for key, count in sorted(resources.items()) if not key.startswith(HIDDEN)}
+    return ", ".join(f"{key} {count:g}" for key, count in shown.items()) or "nothing"

@@ -1,0 +1,416 @@
+"""Run a recipe on Ray. `launch/ray_job.py` and `python -m dist_sft.ray_job` end here.
+
+Ray Train starts the workers, `ray_worker` a rank in each of them, `ray_controller` owns the run.
+This process hears signals, and says how it went. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dist_sft import launching, lease, node, preflight, ray_cluster, ray_submit, runs
+from dist_sft.config import Recipe, read_config_json
+from dist_sft.errors import UserError
+from dist_sft.stopping import Relay
+
+DEFAULT_RESTARTS = 3
+WAIT_SECONDS = 45
+RESIZE_SECONDS = 60
+ELASTIC_START_SECONDS = 15
+LOOK_SECONDS = 0.5
+ADDRESSES = "auto|HOST:PORT|http://HOST:PORT"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of the Ray launcher."""
+    result = argparse.ArgumentParser(
+        prog="launch/ray_job.py",
+        description="Run a recipe on Ray. The same command again continues the run.",
+        epilog="launch/ray_job.py cancel RUN_DIR: save and end a run. launch/ray_job.py resume "
+        "RUN_DIR: go on with it as it was launched.",
+    )
+    launching.add_arguments(result)
+    result.add_argument("--workers", type=int, metavar="N", help="default: one per GPU, else 1")
+    result.add_argument("--min-workers", type=int, metavar="N", help="grow and shrink: at least N")
+    result.add_argument("--max-workers", type=int, metavar="N", help="grow and shrink: at most N")
+    result.add_argument(
+        "--resources-per-worker",
+        action="append",
+        default=[],
+        metavar="NAME=COUNT,...",
+        help="what Ray reserves for a worker (default: CPU=1, and GPU=1 where there are GPUs)",
+    )
+    result.add_argument(
+        "--address",
+        metavar=ADDRESSES,
+        help="a cluster that runs (default: start Ray on this machine, for this run)",
+    )
+    result.add_argument(
+        "--resize-every",
+        type=int,
+        default=RESIZE_SECONDS,
+        metavar="SECONDS",
+        help="how often to look whether the cluster has grown, between --min-workers and "
+        f"--max-workers (default {RESIZE_SECONDS}); a resize saves, and starts all workers anew",
+    )
+    result.add_argument(
+        "--restarts",
+        type=int,
+        default=DEFAULT_RESTARTS,
+        metavar="N",
+        help="start again after a failure, at most N times without a new checkpoint "
+        f"(default {DEFAULT_RESTARTS})",
+    )
+    result.add_argument(
+        "--wait",
+        type=int,
+        default=WAIT_SECONDS,
+        metavar="SECONDS",
+        help=f"for a cluster that is too small or busy, before giving up (default {WAIT_SECONDS})",
+    )
+    add_submission(result)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the recipe, write the run folder, run it on Ray; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] in (["cancel"], ["resume"]):
+            options = parser_of_commands().parse_args(given)
+            return (cancel if options.command == "cancel" else resume)(options)
+        return launch(parser().parse_intermixed_args(given))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+    except KeyboardInterrupt:  # while workers run, the relay takes care of it
+        print("\nstopped while no worker was running", file=sys.stderr)
+        return runs.STOPPED
+
+
+def parser_of_commands() -> argparse.ArgumentParser:
+    """Return the command line of what is done to a run folder."""
+    result = argparse.ArgumentParser(prog="launch/ray_job.py")
+    commands = result.add_subparsers(dest="command", required=True)
+    for name, words in (
+        ("cancel", "let a run save, and end it"),
+        ("resume", "go on with a run as it was launched"),
+    ):
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        command.add_argument("--address", metavar=ADDRESSES, help="default: as it was launched")
+        if name == "resume":
+            add_submission(command)
+    return result
+
+
+def add_submission(to: argparse.ArgumentParser) -> None:
+    """Add what is for http:// addresses only."""
+    to.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="with http://: the job's folder on the cluster (default: the one you are in)",
+    )
+    to.add_argument(
+        "--runtime-env",
+        type=Path,
+        metavar="FILE",
+        help="with http://: what the job needs, in Ray's words, as a YAML file",
+    )
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run a recipe, or submit it."""
+    size, per_worker = size_of(options), resources_of(options)
+    recipe = launching.read(options)
+    http = ray_submit.is_http(options.address)
+    if not options.prepare and not http:
+        if launching.is_finished(recipe):
+            return runs.FINISHED
+        launching.refuse(preflight.missing_paths(recipe))
+    if options.dry_run:
+        print(dry_run(options, recipe, size, per_worker))
+        return runs.FINISHED
+    if http and not options.prepare:
+        folder = options.folder or os.getcwd()
+        return ray_submit.submit(
+            options.address,
+            submitted(options),
+            str(Path(folder, recipe.run_dir)),
+            ray_submit.read_runtime_env(options.runtime_env),
+            Path(options.recipe),
+        )
+    told = {
+        "workers": list(size),
+        "resources_per_worker": per_worker,
+        "address": options.address,
+        "wait": options.wait,
+        "resize_every": options.resize_every,
+        "folder": os.getcwd(),
+    }
+    how = launching.launch_of(options, "ray", 1, size[1], **told)
+    seen = launching.write_run_folder(recipe, how)
+    run_dir = Path(recipe.run_dir)
+    if options.prepare:
+        print(f"prepared {run_dir}; to start it: launch/ray_job.py resume {run_dir}")
+        return runs.FINISHED
+    (run_dir / "STOP").unlink(missing_ok=True)
+    return run(run_dir, how, seen)
+
+
+def submitted(options: argparse.Namespace) -> str:
+    """Return the line that a job runs on the cluster: this launch, from within."""
+    words = ["dist_sft.ray_job", options.job, ray_submit.RECIPE, *options.overrides]
+    for name in ("workers", "min_workers", "max_workers", "restarts", "wait", "resize_every"):
+        if getattr(options, name) is not None:
+            words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    for name in ("resources_per_worker", "allow_change"):
+        words += [f"--{name.replace('_', '-')}={value}" for value in getattr(options, name)]
+    if options.trust_checkpoint:
+        words.append("--trust-checkpoint")
+    return ray_submit.entrypoint([*words, "--address=auto"], options.folder or os.getcwd())
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Let a run save, and see it ended; raises UserError where there is none."""
+    run_dir: Path = options.run_dir
+    if ray_submit.is_http(options.address):
+        return ray_submit.cancel(options.address, str(run_dir.absolute()))
+    held = lease.read(run_dir) if runs.read_launch(run_dir).launcher == "ray" else None
+    if held is None or lease.is_gone(held.owner):
+        raise UserError(f"nobody works on {run_dir} from Ray: there is nothing to cancel")
+    (run_dir / "STOP").touch()
+    deadline = time.monotonic() + ray_submit.STOP_SECONDS
+    while lease.read(run_dir) is not None and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    if lease.read(run_dir) is not None:
+        raise UserError(
+            f"{run_dir} has not stopped in {ray_submit.STOP_SECONDS:.0f} s; `dist-sft status "
+            f"{run_dir}` tells who works on it: end that process, or its job with `ray job stop`"
+        )
+    print(f"ended; `launch/ray_job.py resume {run_dir}` continues")
+    return runs.FINISHED
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Go on with a run as it was launched."""
+    run_dir: Path = options.run_dir
+    if ray_submit.is_http(options.address):
+        words = ["dist_sft.ray_job", "resume", str(run_dir.absolute()), "--address=auto"]
+        return ray_submit.submit(
+            options.address,
+            ray_submit.entrypoint(words, options.folder or os.getcwd()),
+            str(run_dir.absolute()),
+            ray_submit.read_runtime_env(options.runtime_env),
+        )
+    how = runs.read_launch(run_dir)
+    if how.launcher != "ray":
+        raise UserError(f"{run_dir} was launched by {how.launcher}, not by launch/ray_job.py")
+    if runs.is_finished(read_config_json(run_dir)):
+        print(f"{run_dir} is finished already")
+        return runs.FINISHED
+    seen = lease.wait_until_free(run_dir)
+    (run_dir / "STOP").unlink(missing_ok=True)
+    if options.address:
+        how = replace(how, options=how.options | {"address": options.address})
+    return run(run_dir, how, seen)
+
+
+def size_of(options: argparse.Namespace) -> tuple[int, int]:
+    """Return the least and the largest number of workers; raises UserError."""
+    low, high = options.min_workers, options.max_workers
+    if (low is None) != (high is None):
+        raise UserError("--min-workers, --max-workers: give both of them, or --workers")
+    if low is None or high is None:
+        low = high = (node.count_gpus() or 1) if options.workers is None else options.workers
+    elif options.workers is not None:
+        raise UserError("--workers: give it, or --min-workers and --max-workers, not both")
+    if not 1 <= low <= high:
+        key, got = ("--workers", low) if low == high else ("--min-workers", f"{low} of {high}")
+        raise UserError(f"{key}: got {got}; allowed: 1 or more, and no more than --max-workers")
+    return low, high
+
+
+def resources_of(options: argparse.Namespace) -> dict[str, float]:
+    """Return what Ray reserves for a worker; raises UserError."""
+    resources = {"CPU": 1.0}
+    for given in itertools.chain.from_iterable(x.split(",") for x in options.resources_per_worker):
+        name, _, count = given.partition("=")
+        try:
+            resources[name] = float(count)
+            if not name or resources[name] < 0:
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"--resources-per-worker: got {given}; allowed: NAME=COUNT,... as CPU=4,GPU=1"
+            ) from None
+    if resources.get("GPU", 0) not in (0, 1):
+        raise UserError(
+            f"--resources-per-worker: got GPU={resources['GPU']:g}; allowed: GPU=1, as every "
+            "worker computes on one GPU, or GPU=0"
+        )
+    return resources
+
+
+def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
+    """Run attempts on Ray until one ends the run; return its exit code."""
+    options, began = launch.options, max(runs.attempts(run_dir), default=-1)
+    (low, high), per_worker = options["workers"], options["resources_per_worker"]
+    if low < high:  # Ray takes a node that has just died for one that may be used
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
+    with ExitStack() as stack:
+        if options["address"] is None:
+            stack.enter_context(ray_cluster.started(high, per_worker))
+        else:
+            stack.enter_context(ray_cluster.joined(options["address"]))
+        if "GPU" not in per_worker and ray_cluster.has_gpus():
+            per_worker["GPU"] = 1.0
+        ray_cluster.wait_for_room(low, per_worker, options["wait"])
+        relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
+        engine = Engine(run_dir, launch, seen)
+        engine.start()
+        left = follow(engine, relay, run_dir, launch, began)
+    newest = max(runs.attempts(run_dir), default=-1)
+    ended = runs.read_outcome(run_dir, newest) if newest > began else None
+    outcome = ended or left or engine.verdict()
+    if left is not None and outcome.code == runs.FAILED:  # it waited to go on
+        outcome = left
+    if newest > began and ended is None:
+        runs.write_outcome(run_dir, newest, outcome)
+    if outcome.code != runs.FINISHED:
+        print(outcome.reason, file=sys.stderr)
+    return outcome.code
+
+
+def follow(
+    engine: Engine, relay: Relay, run_dir: Path, launch: runs.Launch, began: int
+) -> runs.Outcome | None:
+    """Return None when Ray has ended the run, or why it is left before.
+
+    Raises UserError where Ray finds no room to begin. Where it loses it on the way, the run waits
+    for nodes to come back.
+    """
+    from dist_sft.ray_controller import ask_to_stop
+
+    (low, high), per_worker = launch.options["workers"], launch.options["resources_per_worker"]
+    ran_at = time.monotonic()
+    while engine.is_alive():
+        engine.join(LOOK_SECONDS)
+        if relay.leaves:
+            reason = "left at once: nothing was saved, older checkpoints are whole"
+            return runs.Outcome(runs.STOPPED, reason, -1)
+        newest = max(runs.attempts(run_dir), default=-1)
+        works = newest > began and runs.read_outcome(run_dir, newest) is None
+        if works and relay.received is not None:
+            ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
+        stops = relay.received is not None or (run_dir / "STOP").exists()
+        waits = not works and ray_cluster.waits_for_room(low, high, per_worker)
+        if stops and (waits or newest <= began):
+            return runs.Outcome(runs.STOPPED, "stopped while no worker was running", -1)
+        if not waits:
+            ran_at = time.monotonic()
+        elif time.monotonic() - ran_at > launch.options["wait"]:
+            lacking = ray_cluster.too_busy(low, per_worker)
+            if newest <= began:
+                raise lacking
+            print(f"waiting to go on: {lacking}", file=sys.stderr, flush=True)
+            ran_at = time.monotonic()
+    return None
+
+
+class Engine(threading.Thread):
+    """Ray Train at work, in a thread: in the main one it would hear signals, and abort."""
+
+    def __init__(self, run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> None:
+        super().__init__(name="ray", daemon=True)
+        self._run_dir, self._launch, self._seen = run_dir, launch, seen
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            trainer(self._run_dir.absolute(), self._launch, self._seen).fit()
+        except Exception as error:
+            self._error = error
+
+    def verdict(self) -> runs.Outcome:
+        """Say how it went where no attempt could."""
+        cause = getattr(self._error, "controller_failure", self._error)
+        code = runs.WRONG_INPUT if isinstance(cause, UserError) else runs.FAILED
+        return runs.Outcome(code, str(cause or "Ray ended the run without a word"), -1)
+
+
+def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any:
+    """Return Ray's trainer for a run folder, which is its storage, too."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from dist_sft import ray_controller, ray_worker
+
+    options = launch.options
+    low, high = options["workers"]
+    per_worker = options["resources_per_worker"]
+    gpus = bool(per_worker.get("GPU"))
+    work = ray_worker.Work(str(run_dir), options["folder"], gpus)
+    # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
+    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    return DataParallelTrainer(
+        ray_worker.run_rank,
+        train_loop_config=asdict(work),
+        backend_config=ray_controller.RunConfig(work, seen),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=gpus,
+            resources_per_worker=dict(per_worker),
+            elastic_resize_monitor_interval_s=options["resize_every"],
+        ),
+        run_config=RunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir.parent),
+            # How often is decided by the callback, which knows whether there was progress.
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[ray_controller.Attempts(str(run_dir), options["restarts"])],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def dry_run(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    size: tuple[int, int],
+    per_worker: dict[str, float],
+) -> str:
+    """Return exactly what a run would use: the recipe, what Ray is asked for, a rank's command."""
+    run_dir = Path(recipe.run_dir)
+    attempt = max(runs.attempts(run_dir), default=-1) + 1
+    asked = {
+        "address": options.address,
+        **({"entrypoint": submitted(options)} if ray_submit.is_http(options.address) else {}),
+        "num_workers": size[0] if size[0] == size[1] else list(size),
+        "resources_per_worker": per_worker,
+        "restarts": options.restarts,
+    }
+    gpus = int(per_worker.get("GPU", 0)) * size[1]
+    threads = node.threads_for(recipe.threads_per_worker, size[1], gpus)
+    variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
+    command = [*variables, *node.rank_command(run_dir, recipe.job, attempt)]
+    return (
+        f"# {run_dir}/config.json\n{recipe.to_json()}# Ray\n{json.dumps(asked, indent=2)}\n"
+        f"# command of each worker's rank\n{shlex.join(command)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

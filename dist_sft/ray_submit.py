@@ -1,0 +1,144 @@
+"""Submit a run to a Ray cluster from anywhere, through its dashboard, and follow its log.
+
+The recipe travels with the job. Everything else that it names must be on the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_sft import runs
+from dist_sft.errors import UserError
+from dist_sft.recipe_yaml import read_tree
+
+RECIPE = "recipe.yaml"
+POLL_SECONDS = 1.0
+STOP_SECONDS = 300.0
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def is_http(address: str | None) -> bool:
+    """Tell whether an address is that of a dashboard."""
+    return bool(address) and str(address).startswith(("http://", "https://"))
+
+
+def entrypoint(words: Sequence[str], folder: str) -> str:
+    """Return the shell line of a job: dist_sft on the cluster, in `folder`.
+
+    RECIPE among the words is the file that came with the job.
+    """
+    quoted = ['"$recipe"' if word == RECIPE else shlex.quote(word) for word in words]
+    return (
+        f"recipe=$PWD/{RECIPE}; cd {shlex.quote(folder)} || exit {runs.WRONG_INPUT}; "
+        f'exec "${{DIST_SFT_PYTHON:-python}}" -m {" ".join(quoted)}'
+    )
+
+
+def read_runtime_env(path: Path | None) -> dict[str, Any]:
+    """Read what a job needs from a YAML file, in Ray's words; raises UserError."""
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise UserError(f"--runtime-env: {path} is no file")
+    content = read_tree(path)
+    if "working_dir" in content:
+        raise UserError(
+            f"--runtime-env: {path} has working_dir, which carries the recipe; code of your own "
+            "goes into py_modules or pip, and --folder names the folder on the cluster"
+        )
+    return content
+
+
+@contextlib.contextmanager
+def client(address: str) -> Iterator[Any]:
+    """Talk to a cluster within a block; raise UserError for what it refuses."""
+    try:
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+    except ModuleNotFoundError:
+        raise UserError("Ray is not installed here: pip install 'ray[default]'") from None
+    try:
+        yield JobSubmissionClient(address)
+    except (AuthenticationError, RuntimeError, ConnectionError) as error:
+        raise UserError(f"--address: {address}: {error}") from None
+
+
+def submit(
+    address: str,
+    line: str,
+    run_dir: str,
+    runtime_env: Mapping[str, Any],
+    recipe: Path | None = None,
+) -> int:
+    """Submit a job and follow its log to its end; return the launcher's exit code."""
+    with client(address) as jobs, tempfile.TemporaryDirectory(prefix="dist_sft-") as name:
+        environment = dict(runtime_env)
+        if recipe is not None:
+            shutil.copyfile(recipe, Path(name, RECIPE))
+            environment["working_dir"] = name
+        job = jobs.submit_job(
+            entrypoint=line, runtime_env=environment, metadata={"run_dir": run_dir}
+        )
+        print(f"job {job}: {run_dir}", flush=True)
+        try:
+            return follow(jobs, job)
+        except KeyboardInterrupt:
+            print(
+                f"\nthe job goes on; to stop it: launch/ray_job.py cancel {run_dir} --address "
+                f"{address}",
+                file=sys.stderr,
+            )
+            return runs.FAILED
+
+
+def follow(jobs: Any, job: str) -> int:
+    """Print a job's log until it has ended; return its exit code."""
+
+    async def tail() -> None:
+        async for text in jobs.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    with contextlib.suppress(RuntimeError):  # it ended before its log could be opened
+        asyncio.run(tail())
+    while (info := jobs.get_job_info(job)).status.value not in ENDED:
+        time.sleep(POLL_SECONDS)
+    code: int | None = info.driver_exit_code
+    if code in (runs.FINISHED, runs.WRONG_INPUT, runs.STOPPED):
+        return int(code)
+    print(info.message, file=sys.stderr)
+    return runs.FAILED
+
+
+def cancel(address: str, run_dir: str) -> int:
+    """Let the run of a folder on the cluster save, then stop its job."""
+    with client(address) as jobs:
+        mine = [
+            info.submission_id
+            for info in jobs.list_jobs()
+            if info.status.value not in ENDED and info.metadata.get("run_dir") == run_dir
+        ]
+        if not mine:
+            raise UserError(f"{run_dir} has no job on {address}")
+        environment = jobs.get_job_info(mine[0]).runtime_env or {}
+        asking = jobs.submit_job(
+            entrypoint=entrypoint(["dist_sft.cli", "stop", run_dir], "/"),
+            runtime_env={k: v for k, v in environment.items() if not k.startswith("_")},
+        )
+        follow(jobs, asking)
+        deadline = time.monotonic() + STOP_SECONDS
+        for job in mine:
+            while jobs.get_job_status(job).value not in ENDED and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            if jobs.get_job_status(job).value not in ENDED:
+                jobs.stop_job(job)
+    print(f"ended: {', '.join(mine)}")
+    return runs.FINISHED

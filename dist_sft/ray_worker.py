@@ -1,0 +1,255 @@
+"""What a Ray Train worker does: run one rank, as a process of its own, and tell Ray how it goes.
+
+A rank needs a main thread for its signals, its own output and a way to die alone; Ray runs training
+functions in a thread of its worker. So the worker starts the same program as everywhere and watches
+it as a node does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.collective import broadcast_from_rank_zero
+
+from dist_sft import manifest, node, process, runs
+from dist_sft.config import read_config_json
+from dist_sft.stopping import REASON, Notice
+from dist_sft.watchdog import FOLDER, Watchdog
+
+ATTEMPT, NODES = "DIST_SFT_ATTEMPT", "DIST_SFT_NODES"
+"""Names of variables by which the controller tells workers what Ray does not, as MASTER_ADDR."""
+TICK_SECONDS = 2.0  # between two words with rank 0's worker; Ray takes reports no faster
+WORDS_SECONDS = 60.0  # what workers give rank 0's to say its last word
+TAIL_BYTES = 2**16
+LAST_LINES = 15
+DRAIN, RESIZE = "Ray: a node is drained", "Ray: another number of workers"
+GOES_ON = (DRAIN, RESIZE)
+"""Why ranks save and end although the run goes on at once, in another attempt."""
+
+
+class RankFailed(RuntimeError):
+    """Report to Ray that a rank has ended, and the run shall be started again."""
+
+
+class Moved(RuntimeError):
+    """Report to Ray that the ranks have saved, to go on in another place."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all workers of a run are told."""
+
+    run_dir: str
+    folder: str
+    """The launcher's working folder, which paths of the recipe may be relative to."""
+    gpus: bool
+
+
+class Told:
+    """Why this rank was asked to stop; passed on to it once."""
+
+    leaves = False
+
+    def __init__(self, hearts: Path) -> None:
+        self.received: str | None = None
+        self._notice = Notice(hearts)
+
+    def tell(self, why: str) -> None:
+        if self.received is None:
+            self.received = why
+            self._notice.write(why)
+
+
+class News(NamedTuple):
+    """What rank 0's worker tells the others."""
+
+    stop: str | None
+    reports: bool
+    """Whether all report to Ray now: a report is a collective."""
+    over: bool
+
+
+def run_rank(config: dict[str, Any]) -> None:
+    """Run one rank to its end; raise where Ray shall start the run again."""
+    work = Work(**config)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray tells of every report
+    here, run_dir = ray.train.get_context(), Path(work.run_dir)
+    attempt, rank = int(os.environ[ATTEMPT]), here.get_world_rank()
+    recipe = read_config_json(run_dir)
+    limits = recipe.watchdog
+    gpus = node.count_gpus() if work.gpus else 0
+    threads = node.threads_for(recipe.threads_per_worker, here.get_local_world_size(), gpus)
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": here.get_local_rank(),
+        "WORLD_SIZE": here.get_world_size(),
+        "LOCAL_WORLD_SIZE": here.get_local_world_size(),
+        "GROUP_RANK": here.get_node_rank(),
+        "GROUP_WORLD_SIZE": os.environ[NODES],
+    }
+    with ExitStack() as stack:
+        hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
+        watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
+        stack.callback(lambda: process.kill(watchdog.living()))
+        told = Told(hearts)
+        log = runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
+        errors = stack.enter_context(open(log, "w", encoding="utf-8"))
+        child = subprocess.Popen(
+            node.rank_command(run_dir, recipe.job, attempt),
+            cwd=work.folder,
+            env=os.environ
+            | node.rank_environment(threads, gpus)
+            | {name: str(value) for name, value in variables.items()}
+            | {FOLDER: str(hearts)}
+            | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+            stderr=errors,
+            start_new_session=True,
+        )
+        stack.callback(lambda: node.kill(child) if child.poll() is None else None)
+        ended, lost = threading.Event(), threading.Event()
+        link = threading.Thread(
+            target=talk, args=(run_dir, attempt, rank, told, ended, lost), daemon=True, name="talk"
+        )
+        link.start()
+        node.watch(child, watchdog, told, run_dir, attempt, 1, lost)
+        judge(run_dir, attempt, rank, child.returncode, told.received)
+        ended.set()
+        link.join(WORDS_SECONDS)
+
+
+def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) -> None:
+    """Return where the run is over for now; raise where Ray shall start it again.
+
+    What a rank could not say itself is written down in its place.
+    """
+    if code == 0 and asked not in GOES_ON:
+        return
+    if code == 0 or (asked and code < 0):
+        with contextlib.suppress(OSError):
+            if rank == 0 and runs.read_outcome(run_dir, attempt) is None:
+                reason = f"stopped by {asked} before the workers could write a checkpoint"
+                left = runs.Outcome(runs.STOPPED, reason, -1, asked_by=asked)
+                runs.write_outcome(run_dir, attempt, left)
+        outcome = runs.read_outcome(run_dir, attempt)
+        if asked in GOES_ON and not (outcome and outcome.code == runs.FINISHED):
+            raise Moved(asked)
+        return
+    if not runs.has_failed(run_dir, attempt, rank):
+        log = runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
+        words = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        reason = "\n".join([node.explain_exit(code), *(words if code >= 0 else [])])
+        with contextlib.suppress(OSError):
+            runs.write_failure(
+                run_dir, attempt, rank, runs.Outcome(runs.FAILED, reason, -1), killed=code < 0
+            )
+    raise RankFailed(f"rank {rank}: {node.explain_exit(code)}")
+
+
+def talk(
+    run_dir: Path,
+    attempt: int,
+    rank: int,
+    told: Told,
+    ended: threading.Event,
+    lost: threading.Event,
+) -> None:
+    """Hear what all ranks shall do, and report to Ray, until rank 0 has ended.
+
+    Every worker takes part in every round. One that does not come any more has failed, and Ray ends
+    all of them.
+    """
+    reporter = Reporter(run_dir, attempt)
+    while True:
+        over = ended.wait(TICK_SECONDS)
+        news = None
+        if rank == 0:
+            if max(runs.attempts(run_dir), default=0) > attempt:
+                lost.set()
+            news = News(read_stop(run_dir, attempt), reporter.has_news(), over)
+        news = News(*broadcast_from_rank_zero(news))
+        if news.stop:
+            told.tell(news.stop)
+        elif ray.train.get_preemption_info() is not None:
+            told.tell(DRAIN)
+        if news.reports:
+            ray.train.report(
+                reporter.metrics,
+                checkpoint=reporter.checkpoint() if rank == 0 else None,
+                checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            )
+        if news.over:
+            return
+
+
+def read_stop(run_dir: Path, attempt: int) -> str | None:
+    """Return why the launcher or the controller wants this attempt to stop."""
+    try:
+        return (runs.attempt_dir(run_dir, attempt) / REASON).read_text(encoding="utf-8") or None
+    except FileNotFoundError:
+        return None
+
+
+class Reporter:
+    """Read in the run folder what there is to report to Ray."""
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self._run_dir, self._attempt = run_dir, attempt
+        self._step = self._saved = 0
+        self._newest = max(manifest.folders(run_dir), default=0)
+        self.metrics: dict[str, Any] = {}
+
+    def has_news(self) -> bool:
+        """Look for a step that was not reported yet."""
+        line = last_step(self._run_dir / "metrics.jsonl", self._attempt)
+        if line is None or line["step"] == self._step:
+            return False
+        self._step = line["step"]
+        self.metrics = dict(flatten(line))
+        self._newest = max(manifest.folders(self._run_dir), default=0)
+        return True
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the newest checkpoint, once."""
+        if self._newest <= self._saved:
+            return None
+        self._saved = self._newest
+        return Checkpoint(str(manifest.folder_of(self._run_dir, self._newest)))
+
+
+def flatten(line: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return a step's numbers under names as trackers have them, as eval_loss/zh."""
+    return [
+        (f"{name}/{key}" if key else name, number)
+        for name, value in line.items()
+        for key, number in (value.items() if isinstance(value, dict) else [("", value)])
+    ]
+
+
+def last_step(metrics: Path, attempt: int) -> dict[str, Any] | None:
+    """Return the newest step that this attempt took, from the end of its metrics."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    for text in reversed(lines):
+        with contextlib.suppress(ValueError):  # half a line
+            line: dict[str, Any] = json.loads(text)
+            if "loss" in line and line["attempt"] == attempt:
+                return line
+    return None

@@ -1,0 +1,121 @@
+"""A small run on Ray: launched, disturbed, watched."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from launching import ROOT, read
+
+from dist_sft import node, report, runs
+
+SECONDS = 120
+
+
+class Driver:
+    """`launch/ray_job.py` in a process group of its own, as a terminal would start it."""
+
+    def __init__(
+        self, *arguments: str | Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "launch/ray_job.py", *arguments],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=(os.environ if environment is None else environment)
+            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def finish(self, code: int = 0, seconds: float = SECONDS) -> str:
+        """Wait until it has ended with this code; return what it printed."""
+        try:
+            out, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, _ = self.process.communicate()
+            raise AssertionError(f"not finished in {seconds} s:\n{out}") from None
+        assert self.process.returncode == code, out
+        return out
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the whole group, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it, and what it started on this machine."""
+        with suppressed():
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with suppressed():
+                    process.kill()
+            self.process.kill()
+
+
+class RayRun:
+    """A run folder, and who runs it."""
+
+    def __init__(self, run_dir: Path, driver: Driver | None) -> None:
+        self.run_dir, self.driver = run_dir, driver
+
+    def steps(self) -> list[int]:
+        path = self.run_dir / "metrics.jsonl"
+        return [line["step"] for line in report.read_steps(path)] if path.exists() else []
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: (self.steps() or [0])[-1] >= step, f"step {step}")
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not happened():
+            assert self.driver or time.monotonic() < deadline, what
+            if self.driver and (time.monotonic() > deadline or self.driver.ended()):
+                self.driver.kill()
+                raise AssertionError(f"{what}: {self.driver.process.communicate()[0]}")
+            time.sleep(0.05)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the processes of the ranks of the newest attempt, by their numbers."""
+        attempt = max(runs.attempts(self.run_dir))
+        command = node.rank_command(self.run_dir, "train", attempt)[1:]
+        found = {}
+        for process in psutil.process_iter():
+            with suppressed():
+                if process.cmdline()[1:] == command:
+                    found[int(process.environ()["RANK"])] = process
+        return [process for _, process in sorted(found.items())]
+
+    def outcomes(self) -> list[tuple[int, str]]:
+        """Return the code and the reason of every attempt."""
+        found = [runs.read_outcome(self.run_dir, a) for a in runs.attempts(self.run_dir)]
+        return [(o.code, o.reason) if o else (-1, "") for o in found]
+
+    def hosts(self, attempt: int) -> list[str]:
+        path = runs.attempt_dir(self.run_dir, attempt) / "ray.json"
+        return json.loads(read(path))["hosts"]
+
+
+@contextmanager
+def suppressed() -> Iterator[None]:
+    """Let a process end while it is looked at."""
+    try:
+        yield
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return
+
+
+def stopped(run: RayRun, attempt: int, by: str) -> int:
+    """Return the step after which an attempt stopped; it is saved."""
+    code, reason = run.outcomes()[attempt]
+    assert code == runs.STOPPED, reason
+    match = re.fullmatch(rf"stopped by {by} after step (\d+), which is saved", reason)
+    assert match, reason
+    return int(match[1])

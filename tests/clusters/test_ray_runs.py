@@ -1,0 +1,238 @@
+"""Runs on real Ray clusters, and what happens to them there."""
+
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import ROOT
+from ray_cluster import Cluster, ray_cluster
+from ray_run import Driver, RayRun, stopped
+from slurm_run import EVERY, STEPS, check_like, check_whole, make, run_here
+
+from dist_sft import report, runs, status
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+matrix = pytest.mark.matrix
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Cluster]:
+    """Two nodes with a worker's room each."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as name, ray_cluster(Path(name), 1) as cluster:
+        cluster.add()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run on this machine, undisturbed."""
+    return run_here(make(tmp_path_factory.mktemp("undisturbed"), "run"))
+
+
+@pytest.fixture
+def recipe(whole: Path) -> Path:
+    """Write the same recipe with another run folder, whose path has a space."""
+    number = len(list(whole.parent.glob("run *.yaml")))
+    return make(whole.parent, f"run {number}")
+
+
+def launch(ray: Cluster | None, recipe: Path, *options: str) -> RayRun:
+    where = [] if ray is None else ["--address", ray.address]
+    size = [] if any("workers" in option for option in options) else ["--workers=2"]
+    driver = Driver("train", recipe, *size, *where, *options, environment=ray and ray.environment)
+    return RayRun(recipe.with_suffix(""), driver)
+
+
+def test_two_nodes_do_as_one_machine(ray: Cluster, whole: Path, recipe: Path) -> None:
+    run = launch(ray, recipe)
+    run.driver.finish()
+    check_like(whole, run, attempts=1)
+    again = launch(ray, recipe)
+    assert "is finished already" in again.driver.finish()
+
+
+@matrix
+def test_zero_3_on_one_machine(tmp_path: Path) -> None:
+    here, there = (make(tmp_path, n, 20, deepspeed="zero3") for n in ("here", "there"))
+    whole = run_here(here)
+    run = launch(None, there)
+    run.driver.finish()
+    check_like(whole, run, attempts=1, steps=20)
+
+
+def test_a_ctrl_c_without_a_cluster(whole: Path, recipe: Path) -> None:
+    """The driver, Ray and all that it started are gone; the same command continues."""
+    run = launch(None, recipe)
+    run.wait_for_step(EVERY + 10)
+    started = psutil.Process(run.driver.process.pid).children(recursive=True)
+    assert len(started) > 5
+    run.driver.signal(signal.SIGINT)
+    run.driver.finish(runs.STOPPED)
+    step = stopped(run, 0, "signal SIGINT")
+    assert EVERY < step < STEPS
+    _, alive = psutil.wait_procs(started, timeout=15)
+    assert not alive
+    assert not run.ranks()
+
+    run = launch(None, recipe)
+    run.driver.finish()
+    check_like(whole, run, attempts=2)
+
+
+def test_a_killed_rank_and_a_killed_worker(ray: Cluster, whole: Path, recipe: Path) -> None:
+    run = launch(ray, recipe)
+    run.wait_for_step(EVERY + random.randrange(EVERY))
+    run.ranks()[1].kill()
+    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 2, "another attempt")
+    run.wait_for_step(5 * EVERY + random.randrange(EVERY))
+    (line,) = [line for line in status.status(run.run_dir) if "launched by" in line]
+    assert line.endswith("launched by ray, workers: 2 (wanted: 2)")
+    run.ranks()[0].parent().kill()
+    out = run.driver.finish()
+    check_like(whole, run, attempts=3)
+    (killed, told), (died, why), _ = run.outcomes()
+    assert killed == died == runs.FAILED
+    assert told.startswith("ended by SIGKILL, killed from outside")
+    assert "rank 1 failed first" in told
+    assert why.startswith("its Ray worker failed: ")
+    assert "rank 0 failed first" in why
+    assert out.count("restarts without a newer one: 1 of 3") >= 2
+
+
+@matrix
+def test_a_lost_node_comes_back(ray: Cluster, whole: Path, recipe: Path) -> None:
+    run = launch(ray, recipe, "--wait=3")
+    run.wait_for_step(EVERY + 10)
+    lost = ray.nodes.pop()
+    lost.kill()
+    run.wait_until(lambda: run.outcomes()[0][0] == runs.FAILED, "an outcome")
+    time.sleep(8)  # longer than --wait
+    ray.add()
+    out = run.driver.finish()
+    check_like(whole, run, attempts=2)
+    assert "waiting to go on: --workers: got 2, each with CPU 1; " in out
+
+
+@matrix
+def test_grows_and_shrinks_with_the_cluster(ray: Cluster, whole: Path, recipe: Path) -> None:
+    run = launch(ray, recipe, "--min-workers=1", "--max-workers=2", "--resize-every=5")
+    run.wait_for_step(EVERY + 10)
+    ray.nodes.pop().kill()
+    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 2, "an attempt on one node")
+    run.wait_for_step(run.steps()[-1] + 10)
+    (rank,) = run.ranks()
+    rank.suspend()  # it would have finished before there is another node
+    ray.add()
+    asked = run.run_dir / "logs/attempt-1/stop"
+    run.wait_until(asked.exists, "Ray wants another number of workers")
+    rank.resume()
+    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 3, "an attempt on two nodes")
+    run.driver.finish()
+    assert [len(run.hosts(attempt)) for attempt in range(3)] == [2, 1, 2]
+    stopped(run, 1, "Ray: another number of workers")
+    check_whole(run, attempts=3)
+    losses = [
+        [line["loss"] for line in report.read_steps(folder / "metrics.jsonl")]
+        for folder in (whole, run.run_dir)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@matrix
+def test_a_drained_node_saves_first(ray: Cluster, whole: Path, recipe: Path) -> None:
+    run = launch(ray, recipe, "--min-workers=1", "--max-workers=2", "--resize-every=600")
+    run.wait_for_step(EVERY + 10)
+    ray.drain(ray.nodes[-1])
+    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 2, "an attempt on one node")
+    stopped(run, 0, "Ray: a node is drained")
+    run.driver.finish()
+    check_whole(run, attempts=2)
+    assert [len(run.hosts(attempt)) for attempt in range(2)] == [2, 1]
+    ray.nodes.pop().kill()
+    ray.add()
+
+
+@matrix
+def test_wrong_input_is_not_tried_again(ray: Cluster, recipe: Path) -> None:
+    run = launch(ray, recipe, "model.config.num_attention_heads=3")
+    out = run.driver.finish(runs.WRONG_INPUT)
+    assert "not a multiple of the number of attention heads (3)" in out
+    assert runs.attempts(run.run_dir) == [0]
+
+
+def test_a_cluster_that_is_too_small(ray: Cluster, recipe: Path) -> None:
+    run = launch(ray, recipe, "--workers=3", "--wait=2")
+    out = run.driver.finish(runs.WRONG_INPUT, seconds=60)
+    assert "--workers: got 3, each with CPU 1; the cluster has room for 2 (" in out
+    assert not runs.attempts(run.run_dir)
+
+
+def test_a_submitted_job(ray: Cluster, whole: Path, recipe: Path, tmp_path: Path) -> None:
+    """From anywhere: cancelled, then resumed; without the token it is refused."""
+    environment = tmp_path / "runtime_env.yaml"
+    variables = {"DIST_SFT_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    environment.write_text(json.dumps({"env_vars": variables}))
+    where = ("--address", ray.http, "--runtime-env", str(environment))
+    stranger = {k: v for k, v in ray.environment.items() if not k.startswith("RAY_AUTH")}
+    stranger |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    refused = Driver("train", recipe, "--workers=2", *where, environment=stranger)
+    assert "token" in refused.finish(runs.WRONG_INPUT)
+
+    driver = Driver("train", recipe, "--workers=2", *where, environment=ray.environment)
+    run = RayRun(recipe.with_suffix(""), driver)
+    run.wait_for_step(EVERY + 10)
+    cancelled = Driver(
+        "cancel", run.run_dir, "--address", ray.http, environment=ray.environment
+    ).finish()  # fmt: skip
+    assert "ended: raysubmit_" in cancelled
+    assert "step 1/600" in run.driver.finish(runs.STOPPED)
+    stopped(run, 0, "STOP file")
+
+    Driver("resume", run.run_dir, *where, environment=ray.environment).finish()
+    check_like(whole, run, attempts=2)
+    secret = Path(ray.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    for path in run.run_dir.rglob("*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes(), path
+    assert secret not in ray.jobs()
+
+
+@matrix
+def test_a_node_that_does_not_see_the_run_folder(ray: Cluster, tmp_path: Path) -> None:
+    """It is named before a model is loaded."""
+    (tmp_path / "hidden").mkdir()
+    hidden = make(tmp_path / "hidden", "run")
+    ray.nodes.pop().kill()
+    blind = ray.add(hides=hidden.parent)
+    run = launch(ray, hidden, "--wait=60")
+    out = run.driver.finish(runs.FAILED)
+    assert "attempt-0 is not there: run_dir must be a folder that every node sees" in out
+    assert runs.attempts(run.run_dir) == [0]
+    assert not (run.run_dir / "initial").exists()
+    ray.nodes.remove(blind)
+    blind.kill()
+    ray.add()
+
+
+@matrix
+def test_two_runs_at_a_time(ray: Cluster, whole: Path, recipe: Path) -> None:
+    """The second waits for room, says so, and does not touch the first."""
+    first = launch(ray, recipe)
+    first.wait_for_step(EVERY)
+    other = make(whole.parent, f"{recipe.stem} beside")
+    out = launch(ray, other, "--wait=3").driver.finish(runs.WRONG_INPUT)
+    assert "but in use: left are" in out
+    again = launch(ray, recipe).driver.finish(runs.WRONG_INPUT)
+    assert "is in use by process" in again
+    first.driver.signal(signal.SIGTERM)
+    first.driver.finish(runs.STOPPED)
+    stopped(first, 0, "signal SIGTERM")
+    last = launch(ray, recipe)
+    last.driver.finish()
+    check_like(whole, last, attempts=2)
