@@ -228,7 +228,8 @@ def attempt_dir(run_dir: Path, attempt: int) -> Path:
 def write_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> None:
     """Record how the whole attempt ended; rank 0 does this last, or else the first node."""
     path = attempt_dir(run_dir, attempt) / "outcome.json"
-    write_atomically(path, json.dumps(asdict(outcome)) + "\n")
+    content = {key: value for key, value in asdict(outcome).items() if value is not None}
+    write_atomically(path, json.dumps(content) + "\n")
 
 
 def write_failure(

@@ -1003,7 +1003,8 @@ def test_a_signal_before_there_is_anything_to_save(
     assert capfd.readouterr().err.splitlines()[-2:] == [
         reason, "the same command continues the run",
     ]  # fmt: skip
-    assert runs.read_outcome(setup.run_dir, 0) == Outcome(runs.STOPPED, reason, -1)
+    outcome = Outcome(runs.STOPPED, reason, -1, asked_by="signal SIGTERM")
+    assert runs.read_outcome(setup.run_dir, 0) == outcome
 
 
 def test_ctrl_c_while_a_launcher_watches_another_one(
