@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,15 @@ def write_run_folder(recipe: Recipe, launch: runs.Launch) -> lease.Lease | None:
     seen = lease.wait_until_free(Path(recipe.run_dir))
     runs.create(recipe, launch)
     return seen
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Run a launcher whose workers are this process's; tell a person's mistakes without a trace."""
+    try:
+        return run()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return runs.WRONG_INPUT
+    except KeyboardInterrupt:  # while workers run, a relay takes care of it
+        print("\nstopped while no worker was running", file=sys.stderr)
+        return runs.STOPPED

@@ -39,34 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     does a finished run: it needs nothing any more.
     """
     options = parser().parse_intermixed_args(arguments)
-    try:
-        gpus = node.count_gpus()
-        workers = gpus or 1 if options.workers is None else options.workers
-        if workers < 1:
-            raise UserError(f"--workers: got {workers}; allowed: 1 or more")
-        recipe = launching.read(options)
-        run_dir = Path(recipe.run_dir)
-        if not options.prepare:
-            if launching.is_finished(recipe):
-                return runs.FINISHED
-            mistakes = preflight.missing_paths(recipe)
-            launching.refuse(mistakes + preflight.machine_mistakes(recipe, workers, gpus))
-        if options.dry_run:
-            print(dry_run(recipe, workers, gpus))
+    return launching.exit_code_of(lambda: launch(options))
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run a recipe, or say what would be run."""
+    gpus = node.count_gpus()
+    workers = gpus or 1 if options.workers is None else options.workers
+    if workers < 1:
+        raise UserError(f"--workers: got {workers}; allowed: 1 or more")
+    recipe = launching.read(options)
+    run_dir = Path(recipe.run_dir)
+    if not options.prepare:
+        if launching.is_finished(recipe):
             return runs.FINISHED
-        launch = launching.launch_of(options, "local", 1, workers)
-        seen = launching.write_run_folder(recipe, launch)
-        if options.prepare:
-            print(f"prepared {run_dir}")
-            return runs.FINISHED
-        (run_dir / "STOP").unlink(missing_ok=True)
-        return run_until_it_ends(run_dir, options.restarts, seen)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return runs.WRONG_INPUT
-    except KeyboardInterrupt:  # while workers run, their node takes care of it
-        print("\nstopped while no worker was running", file=sys.stderr)
-        return runs.STOPPED
+        mistakes = preflight.missing_paths(recipe)
+        launching.refuse(mistakes + preflight.machine_mistakes(recipe, workers, gpus))
+    if options.dry_run:
+        print(dry_run(recipe, workers, gpus))
+        return runs.FINISHED
+    how = launching.launch_of(options, "local", 1, workers)
+    seen = launching.write_run_folder(recipe, how)
+    if options.prepare:
+        print(f"prepared {run_dir}")
+        return runs.FINISHED
+    (run_dir / "STOP").unlink(missing_ok=True)
+    return run_until_it_ends(run_dir, options.restarts, seen)
 
 
 def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) -> int:

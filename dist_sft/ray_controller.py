@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,7 @@ def look(work: Work, attempt: int) -> roll_call.Node:
         problems.append(f"{work.folder}, where the run was launched, is not there")
     found = roll_call.Node(rank, host, roll_call.facts(recipe, threads), problems)
     if here.get_local_rank() == 0:
-        text = json.dumps(asdict(found)) + "\n"
-        runs.write_atomically(node_file(folder, rank), text)
+        roll_call.write(folder, found)
     return found
 
 
@@ -196,13 +195,8 @@ def unseen(run_dir: Path, attempt: int, nodes: list[roll_call.Node]) -> list[str
         f"{one.host}: what it writes into {folder} does not appear on {socket.gethostname()}: "
         f"run_dir must be {SHARED}"
         for one in nodes
-        if one.alike and not appears(node_file(folder, one.rank))
+        if one.alike and not appears(roll_call.node_file(folder, one.rank))
     ]
-
-
-def node_file(folder: Path, rank: int) -> Path:
-    """Return where a node writes what it is."""
-    return folder / f"node-{rank}.json"
 
 
 def appears(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Run a recipe on Ray. `launch/ray_job.py` and `python -m dist_sft.ray_job` end here.
 
-Ray Train starts the workers, `ray_worker` a rank in each of them, `ray_controller` owns the run.
-This process hears signals, and says how it went. It needs no torch.
+Reads the command line, checks, writes the run folder, submits. What runs it, `ray_driver` says. It
+needs no torch.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from dist_sft import launching, lease, node, preflight, ray_cluster, ray_submit, runs
+from dist_sft import launching, lease, node, preflight, ray_driver, ray_submit, runs
 from dist_sft.config import Recipe, read_config_json
 from dist_sft.errors import UserError
-from dist_sft.stopping import Relay
 
 DEFAULT_RESTARTS = 3
 WAIT_SECONDS = 45
 RESIZE_SECONDS = 60
-ELASTIC_START_SECONDS = 15
-LOOK_SECONDS = 0.5
 ADDRESSES = "auto|HOST:PORT|http://HOST:PORT"
 
 
@@ -87,17 +81,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the recipe, write the run folder, run it on Ray; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if given[:1] in (["cancel"], ["resume"]):
-            options = parser_of_commands().parse_args(given)
-            return (cancel if options.command == "cancel" else resume)(options)
-        return launch(parser().parse_intermixed_args(given))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return runs.WRONG_INPUT
-    except KeyboardInterrupt:  # while workers run, the relay takes care of it
-        print("\nstopped while no worker was running", file=sys.stderr)
-        return runs.STOPPED
+    if given[:1] in (["cancel"], ["resume"]):
+        options = parser_of_commands().parse_args(given)
+        command = cancel if options.command == "cancel" else resume
+    else:
+        options, command = parser().parse_intermixed_args(given), launch
+    return launching.exit_code_of(lambda: command(options))
 
 
 def parser_of_commands() -> argparse.ArgumentParser:
@@ -167,7 +156,7 @@ def launch(options: argparse.Namespace) -> int:
         print(f"prepared {run_dir}; to start it: launch/ray_job.py resume {run_dir}")
         return runs.FINISHED
     (run_dir / "STOP").unlink(missing_ok=True)
-    return run(run_dir, how, seen)
+    return ray_driver.run(run_dir, how, seen)
 
 
 def submitted(options: argparse.Namespace) -> str:
@@ -194,7 +183,7 @@ def cancel(options: argparse.Namespace) -> int:
     (run_dir / "STOP").touch()
     deadline = time.monotonic() + ray_submit.STOP_SECONDS
     while lease.read(run_dir) is not None and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(ray_driver.LOOK_SECONDS)
     if lease.read(run_dir) is not None:
         raise UserError(
             f"{run_dir} has not stopped in {ray_submit.STOP_SECONDS:.0f} s; `dist-sft status "
@@ -225,7 +214,7 @@ def resume(options: argparse.Namespace) -> int:
     (run_dir / "STOP").unlink(missing_ok=True)
     if options.address:
         how = replace(how, options=how.options | {"address": options.address})
-    return run(run_dir, how, seen)
+    return ray_driver.run(run_dir, how, seen)
 
 
 def size_of(options: argparse.Namespace) -> tuple[int, int]:
@@ -262,128 +251,6 @@ def resources_of(options: argparse.Namespace) -> dict[str, float]:
             "worker computes on one GPU, or GPU=0"
         )
     return resources
-
-
-def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
-    """Run attempts on Ray until one ends the run; return its exit code."""
-    options, began = launch.options, max(runs.attempts(run_dir), default=-1)
-    (low, high), per_worker = options["workers"], options["resources_per_worker"]
-    if low < high:  # Ray takes a node that has just died for one that may be used
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
-    with ExitStack() as stack:
-        if options["address"] is None:
-            stack.enter_context(ray_cluster.started(high, per_worker))
-        else:
-            stack.enter_context(ray_cluster.joined(options["address"]))
-        if "GPU" not in per_worker and ray_cluster.has_gpus():
-            per_worker["GPU"] = 1.0
-        ray_cluster.wait_for_room(low, per_worker, options["wait"])
-        relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
-        engine = Engine(run_dir, launch, seen)
-        engine.start()
-        left = follow(engine, relay, run_dir, launch, began)
-    newest = max(runs.attempts(run_dir), default=-1)
-    ended = runs.read_outcome(run_dir, newest) if newest > began else None
-    outcome = ended or left or engine.verdict()
-    if left is not None and outcome.code == runs.FAILED:  # it waited to go on
-        outcome = left
-    if newest > began and ended is None:
-        runs.write_outcome(run_dir, newest, outcome)
-    if outcome.code != runs.FINISHED:
-        print(outcome.reason, file=sys.stderr)
-    return outcome.code
-
-
-def follow(
-    engine: Engine, relay: Relay, run_dir: Path, launch: runs.Launch, began: int
-) -> runs.Outcome | None:
-    """Return None when Ray has ended the run, or why it is left before.
-
-    Raises UserError where Ray finds no room to begin. Where it loses it on the way, the run waits
-    for nodes to come back.
-    """
-    from dist_sft.ray_controller import ask_to_stop
-
-    (low, high), per_worker = launch.options["workers"], launch.options["resources_per_worker"]
-    ran_at = time.monotonic()
-    while engine.is_alive():
-        engine.join(LOOK_SECONDS)
-        if relay.leaves:
-            reason = "left at once: nothing was saved, older checkpoints are whole"
-            return runs.Outcome(runs.STOPPED, reason, -1)
-        newest = max(runs.attempts(run_dir), default=-1)
-        works = newest > began and runs.read_outcome(run_dir, newest) is None
-        if works and relay.received is not None:
-            ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
-        stops = relay.received is not None or (run_dir / "STOP").exists()
-        waits = not works and ray_cluster.waits_for_room(low, high, per_worker)
-        if stops and (waits or newest <= began):
-            return runs.Outcome(runs.STOPPED, "stopped while no worker was running", -1)
-        if not waits:
-            ran_at = time.monotonic()
-        elif time.monotonic() - ran_at > launch.options["wait"]:
-            lacking = ray_cluster.too_busy(low, per_worker)
-            if newest <= began:
-                raise lacking
-            print(f"waiting to go on: {lacking}", file=sys.stderr, flush=True)
-            ran_at = time.monotonic()
-    return None
-
-
-class Engine(threading.Thread):
-    """Ray Train at work, in a thread: in the main one it would hear signals, and abort."""
-
-    def __init__(self, run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> None:
-        super().__init__(name="ray", daemon=True)
-        self._run_dir, self._launch, self._seen = run_dir, launch, seen
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            trainer(self._run_dir.absolute(), self._launch, self._seen).fit()
-        except Exception as error:
-            self._error = error
-
-    def verdict(self) -> runs.Outcome:
-        """Say how it went where no attempt could."""
-        cause = getattr(self._error, "controller_failure", self._error)
-        code = runs.WRONG_INPUT if isinstance(cause, UserError) else runs.FAILED
-        return runs.Outcome(code, str(cause or "Ray ended the run without a word"), -1)
-
-
-def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any:
-    """Return Ray's trainer for a run folder, which is its storage, too."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from dist_sft import ray_controller, ray_worker
-
-    options = launch.options
-    low, high = options["workers"]
-    per_worker = options["resources_per_worker"]
-    gpus = bool(per_worker.get("GPU"))
-    work = ray_worker.Work(str(run_dir), options["folder"], gpus)
-    # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
-    (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    return DataParallelTrainer(
-        ray_worker.run_rank,
-        train_loop_config=asdict(work),
-        backend_config=ray_controller.RunConfig(work, seen),
-        scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
-            use_gpu=gpus,
-            resources_per_worker=dict(per_worker),
-            elastic_resize_monitor_interval_s=options["resize_every"],
-        ),
-        run_config=RunConfig(
-            name=run_dir.name,
-            storage_path=str(run_dir.parent),
-            # How often is decided by the callback, which knows whether there was progress.
-            failure_config=FailureConfig(max_failures=-1),
-            callbacks=[ray_controller.Attempts(str(run_dir), options["restarts"])],
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
 
 
 def dry_run(

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,30 +74,14 @@ def take(
     is the only one.
     """
     folder = runs.attempt_dir(run_dir, attempt)
-    alike = {"GPUs": str(gpus), **facts(recipe, threads)}
     problems = machine_mistakes(recipe, workers, gpus, "--workers-per-node")
     problems += [*_too_few_gpus(workers, gpus), *too_full(run_dir, recipe)]
-    unreachable, verdict = None, None
-    with contextlib.ExitStack() as stack:
-        if address and node_rank == 0:
-            try:
-                stack.enter_context(_listening(address[1]))
-            except OSError as error:  # another start has another port: it is no node's fault
-                why = os.strerror(error.errno or 0)
-                problem = f"{_host()}: nobody can listen at port {address[1]}: {why}"
-                verdict = _conclude(folder, [], [problem], [])
-        elif address:
-            if _wait_for([_file(folder, 0), folder / FILE], SECONDS) is None:
-                raise NotTogether(_silence(run_dir))
-            verdict = _read(folder / FILE)
-            unreachable = _way_to(address) if verdict is None else None
-        if verdict is None:
-            me = Node(node_rank, _host(), alike, problems, unreachable)
-            runs.write_atomically(_file(folder, node_rank), json.dumps(asdict(me)) + "\n")
-        if verdict is None and node_rank == 0:
-            verdict = _judge(folder, nodes)
-        elif verdict is None:
-            verdict = _wait_for([folder / FILE], SECONDS + 2 * CONNECT_SECONDS)
+    me = Node(node_rank, _host(), {"GPUs": str(gpus), **facts(recipe, threads)}, problems)
+    verdict: Verdict | None
+    if address is None or node_rank == 0:
+        verdict = _lead(folder, me, nodes, address)
+    else:
+        verdict = _follow(folder, me, address)
     if verdict is None:
         raise NotTogether(_silence(run_dir))
     if verdict["problems"]:
@@ -114,6 +98,16 @@ def facts(recipe: Recipe, threads: int) -> dict[str, str]:
         "dist_sft": __version__,
         **{name: _version(name) for name in LIBRARIES},
     }
+
+
+def node_file(folder: Path, node_rank: int) -> Path:
+    """Return where, in an attempt's folder, a node says what it is."""
+    return folder / f"node-{node_rank}.json"
+
+
+def write(folder: Path, node: Node) -> None:
+    """Say what this node is, in an attempt's folder."""
+    runs.write_atomically(node_file(folder, node.rank), json.dumps(asdict(node)) + "\n")
 
 
 def bad_hosts(run_dir: Path, attempt: int) -> list[str]:
@@ -154,12 +148,37 @@ def compare(
     return problems, list(dict.fromkeys(bad))
 
 
+def _lead(folder: Path, me: Node, nodes: int, address: tuple[str, int] | None) -> Verdict:
+    """Be the first node: write first, listen to the others, judge."""
+    with contextlib.ExitStack() as stack:
+        if address:
+            try:
+                stack.enter_context(_listening(address[1]))
+            except OSError as error:  # another start has another port: it is no node's fault
+                why = os.strerror(error.errno or 0)
+                problem = f"{me.host}: nobody can listen at port {address[1]}: {why}"
+                return _conclude(folder, [], [problem], [])
+        write(folder, me)
+        return _judge(folder, nodes)
+
+
+def _follow(folder: Path, me: Node, address: tuple[str, int]) -> Verdict | None:
+    """Be another node; return None where nothing is heard of the first one."""
+    if _wait_for([node_file(folder, 0), folder / FILE], SECONDS) is None:
+        return None
+    verdict = _read(folder / FILE)
+    if verdict is None:
+        write(folder, replace(me, unreachable=_way_to(address)))
+        verdict = _wait_for([folder / FILE], SECONDS + 2 * CONNECT_SECONDS)
+    return verdict
+
+
 def _judge(folder: Path, nodes: int) -> Verdict:
     found = dict[int, Node]()
     deadline = time.monotonic() + SECONDS + CONNECT_SECONDS
     while len(found) < nodes and time.monotonic() < deadline:
         for rank in set(range(nodes)).difference(found):
-            content = _read(_file(folder, rank))
+            content = _read(node_file(folder, rank))
             if content is not None:
                 found[rank] = Node(**content)
         time.sleep(0.1)
@@ -291,7 +310,3 @@ def _host_of(rank: int) -> str | None:
     """Return a node's name, which the batch shell knows from the allocation."""
     hosts = os.environ.get("DIST_SFT_HOSTS", "").split()
     return hosts[rank] if rank < len(hosts) else None
-
-
-def _file(folder: Path, node_rank: int) -> Path:
-    return folder / f"node-{node_rank}.json"

@@ -79,24 +79,24 @@ def endings_of(job: str) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def describe(job: str) -> str:
-    """Return the state of a job, or of an array's tasks: from the queue, else the accounting."""
+def describe(jobs: Sequence[str]) -> list[str]:
+    """Return a line for each job that is in the queue; without one for the last, by the accounting.
+
+    `jobs` are of one run, oldest first.
+    """
+    if not jobs:
+        return []
+    last = jobs[-1]
     try:
-        states = states_of([job])
+        states = states_of(jobs)
         if states:
-            return ", ".join(
-                state if name == job else f"{name.partition('_')[2]} {state}"
-                for name, state in states.items()
-            )
-        fields = "--format=JobID,State,ExitCode,Elapsed"
-        done = call(
-            ["sacct", f"--jobs={job}", "--allocations", "--noheader", "--parsable2", fields]
-        )
+            return [f"job {job}: {state}" for job, state in states.items()]
+        options = ("--allocations", "--noheader", "--parsable2", "--format=State,ExitCode,Elapsed")
+        done = call(["sacct", f"--jobs={last}", *options])
     except UserError as error:
-        return f"not known here: {error}"
-    told = []
-    for line in done.stdout.splitlines() if done.returncode == 0 else []:
-        name, state, code, elapsed = line.split("|")
-        task = "" if name == job else f"{name.partition('_')[2]} "
-        told.append(f"{task}{state}, exit code {code.partition(':')[0]}, after {elapsed}")
-    return "; ".join(told) or "not in the queue any more"
+        return [f"job {last}: not known here: {error}"]
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    if not lines:
+        return [f"job {last}: not in the queue any more"]
+    how, code, elapsed = lines[-1].split("|")
+    return [f"job {last}: {how}, exit code {code.partition(':')[0]}, after {elapsed}"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 
 from dist_sft import batch_job, lease, manifest, report, runs, slurm_queue
-from dist_sft.errors import UserError
 
 
 def status(run_dir: Path) -> list[str]:
@@ -22,7 +21,7 @@ def status(run_dir: Path) -> list[str]:
     return [
         f"{run_dir}: launched by {launch.launcher}, {_size(launch)}",
         f"owner: {_owner(run_dir, held)}",
-        *_jobs(run_dir),
+        *slurm_queue.describe(slurm_queue.jobs_of(run_dir)),
         *_attempts(run_dir, held),
         _progress(run_dir),
         _checkpoints(run_dir),
@@ -47,16 +46,6 @@ def _owner(run_dir: Path, held: lease.Lease | None) -> str:
         age = time.time() - (run_dir / lease.NAME).stat().st_mtime
         told += f", last sign of life {max(0.0, age):.0f} s ago"
     return told
-
-
-def _jobs(run_dir: Path) -> list[str]:
-    """Return the states of all jobs that are in the queue, or of the last one."""
-    jobs = slurm_queue.jobs_of(run_dir)
-    with contextlib.suppress(UserError):
-        states = slurm_queue.states_of(jobs)
-        if len(states) > 1 and not any("_" in job for job in states):
-            return [f"job {job}: {state}" for job, state in states.items()]
-    return [f"job {job}: {slurm_queue.describe(job)}" for job in jobs[-1:]]
 
 
 def _attempts(run_dir: Path, held: lease.Lease | None) -> list[str]:

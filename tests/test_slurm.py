@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_sft import batch_job, cli, lease, runs, slurm, slurm_queue, status
+from dist_sft import batch_job, cli, lease, runs, slurm, slurm_options, slurm_queue, status
 from dist_sft.batch_job import Fate, Job
 from dist_sft.config import read_recipe
 from dist_sft.errors import UserError
@@ -86,7 +86,8 @@ SIZE = ["--nodes=2", "--workers-per-node=8"]
     ],
 )
 def test_what_is_not_ours_goes_to_sbatch(given: str, ours: str, sbatch: str) -> None:
-    assert slurm.split(given.split(), slurm.parser()) == (ours.split(), sbatch.split())
+    parts = slurm_options.split(given.split(), slurm_options.parser())
+    assert parts == (ours.split(), sbatch.split())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_a_job_is_submitted_from_wherever(
      ("1-0:30", 88200), ("UNLIMITED", None), ("1:2:3:4", None)],
 )  # fmt: skip
 def test_a_time_limit_is_read_as_sbatch_does(time: str, seconds: int | None) -> None:
-    assert slurm.seconds_of(time) == seconds
+    assert slurm_options.seconds_of(time) == seconds
 
 
 @pytest.mark.parametrize(("time", "code"), [(["--time=5"], 2), (["-t", "6"], 0)])
@@ -273,7 +274,7 @@ def test_states_of_all_jobs_are_asked_for_at_once(says: Says) -> None:
     assert len(asked) == 1
     assert "--jobs=7,9" in asked[0]
     says("7_0 RUNNING None\n7_1 PENDING Resources\n")
-    assert slurm_queue.describe("7") == "0 RUNNING, 1 PENDING (Resources)"
+    assert slurm_queue.describe(["7"]) == ["job 7_0: RUNNING", "job 7_1: PENDING (Resources)"]
 
 
 def test_a_controller_that_does_not_answer_is_not_an_empty_queue(says: Says, run_dir: Path) -> None:

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,8 @@ from launching import ROOT, read
 from dist_sft import node, report, runs
 
 SECONDS = 120
+ENDING = suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess)
+"""A process may end while it is looked at."""
 
 
 class Driver:
@@ -53,9 +55,9 @@ class Driver:
 
     def kill(self) -> None:
         """End it, and what it started on this machine."""
-        with suppressed():
+        with ENDING:
             for process in psutil.Process(self.process.pid).children(recursive=True):
-                with suppressed():
+                with ENDING:
                     process.kill()
             self.process.kill()
 
@@ -88,7 +90,7 @@ class RayRun:
         command = node.rank_command(self.run_dir, "train", attempt)[1:]
         found = {}
         for process in psutil.process_iter():
-            with suppressed():
+            with ENDING:
                 if process.cmdline()[1:] == command:
                     found[int(process.environ()["RANK"])] = process
         return [process for _, process in sorted(found.items())]
@@ -101,15 +103,6 @@ class RayRun:
     def hosts(self, attempt: int) -> list[str]:
         path = runs.attempt_dir(self.run_dir, attempt) / "ray.json"
         return json.loads(read(path))["hosts"]
-
-
-@contextmanager
-def suppressed() -> Iterator[None]:
-    """Let a process end while it is looked at."""
-    try:
-        yield
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return
 
 
 def stopped(run: RayRun, attempt: int, by: str) -> int:

@@ -232,20 +232,26 @@ def test_a_job_that_is_preempted_without_grace_goes_on_later(
     check_like(whole, run, attempts=2)
 
 
+def lose(
+    run: Submitted, node: str, how: Literal["power", "slurmd", "net"], whole: Path, steps: int
+) -> None:
+    """A node dies, and the job ends on another one as it would have ended."""
+    run.wait_for_step(EVERY + 10)
+    run.cluster.kill_node(node, how)
+    run.wait_for_restart()
+    run.finish()
+    check_like(whole, run, attempts=2, steps=steps)
+    hosts = json.loads((run.run_dir / "logs/attempt-1/slurm.json").read_text())["hosts"]
+    assert node not in hosts
+
+
 @pytest.mark.parametrize(
     ("node", "how"), [("n2", "power"), pytest.param("n1", "net", marks=matrix)]
 )
 def test_a_node_that_dies_is_replaced(
     slurm: Cluster, whole: Path, recipe: Path, node: str, how: Literal["power", "net"]
 ) -> None:
-    run = submit(slurm, recipe)
-    run.wait_for_step(EVERY + 10)
-    slurm.kill_node(node, how)
-    run.wait_for_restart()
-    run.finish()
-    check_like(whole, run, attempts=2)
-    hosts = json.loads((run.run_dir / "logs/attempt-1/slurm.json").read_text())["hosts"]
-    assert node not in hosts
+    lose(submit(slurm, recipe), node, how, whole, STEPS)
 
 
 @matrix
@@ -253,11 +259,7 @@ def test_the_first_node_dies_and_the_status_says_what_slurm_does(
     rich: Cluster, whole: Path, recipe: Path
 ) -> None:
     run = submit(rich, recipe)
-    run.wait_for_step(EVERY + 10)
-    rich.kill_node("n1", "power")
-    run.wait_for_restart()
-    run.finish()
-    check_like(whole, run, attempts=2)
+    lose(run, "n1", "power", whole, STEPS)
     assert "attempt 0: no outcome: it was killed (SLURM: NODE_FAIL)\n" in status(run)
 
 
@@ -266,14 +268,7 @@ def test_a_node_whose_slurmd_dies_is_replaced(
     slurm: Cluster, long_whole: Path, long_recipe: Path
 ) -> None:
     """Its workers live until they miss the others, which SLURM ends when it notices."""
-    run = submit(slurm, long_recipe)
-    run.wait_for_step(EVERY + 10)
-    slurm.kill_node("n2", "slurmd")
-    run.wait_for_restart()
-    run.finish()
-    check_like(long_whole, run, attempts=2, steps=LONG)
-    hosts = json.loads((run.run_dir / "logs/attempt-1/slurm.json").read_text())["hosts"]
-    assert "n2" not in hosts
+    lose(submit(slurm, long_recipe), "n2", "slurmd", long_whole, LONG)
 
 
 @matrix
