@@ -19,6 +19,7 @@ from dist_sft.config import Recipe, read_recipe
 RECIPE = Path("configs/quickstart.yaml")
 DATA = Path("data/quickstart")
 MAX_NEW_TOKENS = 16
+BATCH_TOKENS = 8192
 SHOWN = 1  # prompts shown per skill
 
 
@@ -29,7 +30,8 @@ def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -
     from transformers.utils import logging
 
     from dist_sft.chat import Encoder, parse
-    from dist_sft.decode import greedy
+    from dist_sft.decode import Decoder, Request
+    from dist_sft.sampling import Sampling
     from dist_sft.tokenizer import load_words
 
     logging.disable_progress_bar()
@@ -37,8 +39,9 @@ def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -
     encoder = Encoder(words.template, words.tokenizer, max_length=None, overlong="error")
     prompts = [encoder.prompt(parse(row)) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    answers = greedy(model, prompts, encoder.stop_ids, MAX_NEW_TOKENS)
-    return [words.tokenizer.decode(answer) for answer in answers]
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+    decoder = Decoder(model, encoder.stop_ids, sampling, words.tokenizer.decode)
+    return [said.text for said in decoder.answer([Request(p) for p in prompts], BATCH_TOKENS)]
 
 
 def show(rows: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequence[str]) -> None:

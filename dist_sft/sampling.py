@@ -1,0 +1,112 @@
+"""From logits to the next token: greedy, or drawn with numbers that belong to a row and a sample.
+
+A row's draws are the same in any batch, on any number of workers and after any restart: they do not
+come from a stream that rows share, and the cumulative sum runs in vocabulary order, where a last
+bit moves a border between two tokens, and not in the order of probabilities, where it swaps two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+NUCLEUS = 512  # probabilities that are sorted first: mostly, top_p is among these
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is chosen and where it ends; the words are those of `generate`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """0 means all."""
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def uniforms(sampling: Sampling, row: int, sample: int) -> npt.NDArray[np.float64]:
+    """Return a number in [0, 1) for each token of an answer: float64 [max_new_tokens].
+
+    Philox is a counter-based generator: key and counter say which numbers come (Salmon et al.,
+    "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
+    """
+    generator = np.random.Philox(key=[sampling.seed, row], counter=[0, 0, 0, sample])
+    return np.random.Generator(generator).random(sampling.max_new_tokens)
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, histories: Sequence[Sequence[int]], draws: Sequence[float]
+) -> Tensor:
+    """Return the next token of each row: int64 [n].
+
+    logits [n, V]; `histories` are the tokens before it, prompt included, which the penalty is for;
+    `draws` are one uniform number per row, not looked at where tokens are not drawn.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        logits = penalized(logits, histories, sampling.repetition_penalty)
+    if not sampling.temperature:
+        return logits.argmax(-1)
+    probabilities = distribution(logits, sampling)
+    return drawn(probabilities, torch.tensor(draws, dtype=torch.float64, device=logits.device))
+
+
+def penalized(logits: Tensor, histories: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Make tokens that were said less probable (Keskar et al., "CTRL", 2019, section 4.1)."""
+    said = [torch.tensor(history, device=logits.device) for history in histories]
+    # Beside shorter histories stands a token of their own, which changes nothing.
+    padded = pad_sequence(said, batch_first=True, padding_value=-1)
+    ids = torch.where(padded < 0, padded[:, :1], padded)
+    scores = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return probabilities [n, V], of which those that top_k and top_p leave out are 0.
+
+    They do not add up to 1 again. Tokens as probable as the last one that stays, stay, too: which
+    of equals comes first must not matter.
+    """
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1.0:
+        least = _least_in_nucleus(probabilities, sampling.top_p)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    return probabilities
+
+
+def _least_in_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return the smallest probability of the smallest set that has at least top_p: [n, 1].
+
+    (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1)
+    """
+    size = probabilities.shape[1]
+    for count in (min(NUCLEUS, size), size):
+        largest = probabilities.topk(count).values
+        before = largest.double().cumsum(-1) - largest
+        inside = before < top_p
+        if count == size or not inside[:, -1].any():
+            break
+    return largest.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+
+
+def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Return the token at which the cumulative probability exceeds each row's draw: int64 [n]."""
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding could make the product as large as the total, where no token follows.
+    below = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below, right=True)[:, 0]
