@@ -203,9 +203,9 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Recipe, Words]:
-    from dist_sft.config import read_recipe
+    from dist_sft.config import read_training
 
-    recipe = read_recipe(options.recipe, options.overrides)
+    recipe = read_training(options.recipe, options.overrides)
     from dist_sft.tokenizer import load_words
 
     return recipe, load_words(recipe.model, recipe.data)

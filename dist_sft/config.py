@@ -6,42 +6,31 @@ import torch, transformers, datasets or accelerate: `--help` and `--dry-run` mus
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from dist_sft import generate_recipe
 from dist_sft.errors import UserError
+from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.recipe_errors import explain
 from dist_sft.recipe_yaml import read_tree
+from dist_sft.sections import (
+    Count,
+    Fraction,
+    Job,
+    Number,
+    PathText,
+    Positive,
+    PositiveNumber,
+    RowSource,
+    Section,
+    Watchdog,
+)
 from dist_sft.zero import DeepSpeed, load_deepspeed
-
-# Strict: `epochs: true` is a slip of the pen and not the number 1.
-Positive = Annotated[int, Field(ge=1, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-PositiveNumber = Annotated[float, Field(gt=0.0, strict=True, allow_inf_nan=False)]
-Number = Annotated[float, Field(ge=0.0, strict=True, allow_inf_nan=False)]
-Fraction = Annotated[Number, Field(lt=1.0)]
-
-
-def _from_home(path: str) -> str:
-    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
-
-
-# Only shells know what `~` means, and they leave it alone in YAML and behind `run_dir=`.
-PathText = Annotated[str, AfterValidator(_from_home)]
 
 # What may differ when a run is continued, with all that is below it: it never changes what is
 # learned. A checkpoint holds the state by parameter name and can be read into any sharding.
@@ -61,14 +50,6 @@ MAY_CHANGE = frozenset(
 )
 LENGTH = frozenset({"train.steps", "train.epochs"})
 """What may grow where the rate of a step does not depend on where the run ends."""
-
-
-class Section(BaseModel):
-    """Hold settings that are declared once: typed, documented, frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class Model(Section):
@@ -106,24 +87,11 @@ class Model(Section):
         return self
 
 
-class Source(Section):
-    """One place that rows come from."""
+class Source(RowSource):
+    """One place that examples come from."""
 
-    path: PathText
-    """JSON, JSONL, CSV or Parquet file, a folder of `Dataset.save_to_disk`, or a hub name."""
-    name: str | None = None
-    """Name in logs and metrics; by default the file's name."""
     weight: PositiveNumber = 1.0
     """Passes over this source per epoch: 1.0 every row once, 0.5 half of them, 2.0 twice."""
-    split: str = "train"
-    """Split of a hub data set or saved DatasetDict."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = "auto"
-    """How a row is laid out; auto looks at the columns."""
-
-    @property
-    def label(self) -> str:
-        """Return the name that logs and metrics use."""
-        return self.name or Path(self.path).stem
 
 
 class Data(Section):
@@ -248,31 +216,13 @@ class Eval(Section):
     """Steps between evaluations; null: only at the end."""
 
 
-class Watchdog(Section):
-    """When a run counts as hung: its ranks are ended, with their stacks in the logs."""
-
-    seconds: Annotated[float, Field(gt=0)] | None = 1800.0
-    """Seconds without progress within a step or an evaluation, or as a stopped process anywhere;
-    null: never."""
-    slow_seconds: Annotated[float, Field(gt=0)] | None = 7200.0
-    """The same while a model is loaded, saved or exported, and what a stop may take. Before that,
-    while a model is fetched and data are encoded, there is no limit."""
-
-
-class Recipe(Section):
+class Recipe(Job):
     """A whole training run."""
 
     job: Literal["train"] = "train"
     """What the recipe is for; the launcher's word decides."""
-    run_dir: PathText
-    """Folder of the run: config, logs, metrics, checkpoints. The same folder again continues."""
     seed: Annotated[Count, Field(lt=2**63)] = 0
     """Seed of data order, random weights and dropout."""
-    threads_per_worker: Literal["auto"] | Positive = "auto"
-    """CPU threads per worker; auto is 1 on CPU (threads change the last bits) and a fair share
-    of the cores on GPU."""
-    deterministic: bool = False
-    """On GPU: bit-identical repeats, slower. On CPU runs are bit-identical anyway."""
     model: Model
     """What is trained."""
     data: Data
@@ -325,18 +275,15 @@ class Recipe(Section):
                 )
         return self
 
-    def to_json(self) -> str:
-        """Return the resolved recipe as the text of `config.json`."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
-    def fingerprint(self) -> str:
-        """Return a SHA-256 over everything but the run folder's place."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"run_dir"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+AnyRecipe = Recipe | GenerateRecipe
+JOBS: dict[str, type[AnyRecipe]] = {"train": Recipe, "generate": GenerateRecipe}
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a YAML recipe, apply `dotted.key=value` overrides and check everything.
+
+    Its `job` says what it is a recipe for; one that does not say is for training.
 
     Raises UserError with every mistake found, one per line, each with its dotted path, what was
     given and what is allowed.
@@ -344,7 +291,23 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return check(read_tree(path, overrides), origin=str(path))
 
 
-def read_config_json(run_dir: str | Path) -> Recipe:
+def read_training(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe as `read_recipe` does; raise UserError where it is for another job."""
+    return _for_training(read_recipe(path, overrides), f"{path}")
+
+
+def read_training_config(run_dir: str | Path) -> Recipe:
+    """Read the resolved recipe of a training run; raise UserError for a run of another job."""
+    return _for_training(read_config_json(run_dir), f"RUN_DIR: {run_dir}")
+
+
+def _for_training(recipe: AnyRecipe, what: str) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{what} is for job: {recipe.job}, and this is about training")
+    return recipe
+
+
+def read_config_json(run_dir: str | Path) -> AnyRecipe:
     """Read the resolved recipe that a launcher wrote into a run folder."""
     path = Path(run_dir) / "config.json"
     try:
@@ -356,38 +319,48 @@ def read_config_json(run_dir: str | Path) -> Recipe:
     return check(tree, origin=str(path))
 
 
-def check(tree: dict[str, Any], origin: str) -> Recipe:
-    """Turn a plain tree into a Recipe; raise UserError that lists every mistake."""
+def check(tree: dict[str, Any], origin: str) -> AnyRecipe:
+    """Turn a plain tree into a recipe; raise UserError that lists every mistake."""
+    job = tree.get("job", "train")
+    kind = JOBS.get(job) if isinstance(job, str) else None
+    if kind is None:
+        raise UserError(f"1 mistake in {origin}:\n  job: got {job!r}; allowed: {', '.join(JOBS)}")
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = explain(error, Recipe, tree)
+        lines = explain(error, kind, tree)
         noun = "mistake" if len(lines) == 1 else "mistakes"
         raise UserError("\n  ".join([f"{len(lines)} {noun} in {origin}:", *lines])) from None
 
 
-def difference(old: Recipe, new: Recipe) -> dict[str, str]:
+def difference(old: AnyRecipe, new: AnyRecipe) -> dict[str, str]:
     """Return the settings in which two recipes differ as key: "old -> new"; run_dir is none."""
     before, after = (recipe.model_dump(mode="json", exclude={"run_dir"}) for recipe in (old, new))
     return dict(_changes(before, after, ""))
 
 
-def may_change(key: str, old: Recipe, new: Recipe, taken: int | None = None) -> bool:
+def may_change(key: str, old: AnyRecipe, new: AnyRecipe, taken: int | None = None) -> bool:
     """Tell whether a key of `difference` may differ when a run is continued.
 
     Where no step depends on the end, that may move, but not to before the steps that are `taken`.
     """
-    if key in LENGTH:
-        not_too_short = taken is not None and (new.train.steps or 0) >= taken
-        return (is_longer(old, new) or not_too_short) and not any(
-            recipe.optimizer.schedule != "constant" or recipe.optimizer.warmup_ratio
-            for recipe in (old, new)
-        )
-    return any(key == setting or key.startswith(f"{setting}.") for setting in MAY_CHANGE)
+    if isinstance(old, Recipe) and isinstance(new, Recipe):
+        if key in LENGTH:
+            not_too_short = taken is not None and (new.train.steps or 0) >= taken
+            return (is_longer(old, new) or not_too_short) and not any(
+                recipe.optimizer.schedule != "constant" or recipe.optimizer.warmup_ratio
+                for recipe in (old, new)
+            )
+        allowed = MAY_CHANGE
+    else:
+        allowed = generate_recipe.MAY_CHANGE
+    return any(key == setting or key.startswith(f"{setting}.") for setting in allowed)
 
 
-def is_longer(old: Recipe, new: Recipe) -> bool:
+def is_longer(old: AnyRecipe, new: AnyRecipe) -> bool:
     """Tell whether a recipe asks for more training; only data could compare steps with epochs."""
+    if not (isinstance(old, Recipe) and isinstance(new, Recipe)):
+        return False
     before, after = old.train, new.train
     if before.steps is None and after.steps is None:
         return (after.epochs or 1.0) > (before.epochs or 1.0)

@@ -31,8 +31,9 @@ from deepspeed.ops import __compatible_ops__ as deepspeed_ops
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dist_sft.config import Recipe, Watchdog
+from dist_sft.config import Recipe
 from dist_sft.optim import build_optimizer
+from dist_sft.sections import Watchdog
 from dist_sft.zero import DeepSpeed
 
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import lease, runs
-from dist_sft.config import Recipe, read_recipe
+from dist_sft.config import AnyRecipe, read_recipe
 from dist_sft.errors import UserError
 
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(options: argparse.Namespace) -> Recipe:
+def read(options: argparse.Namespace) -> AnyRecipe:
     """Read the recipe, and refuse what its run folder refuses."""
     recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
     if options.restarts < 0:
@@ -43,7 +43,7 @@ def read(options: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: AnyRecipe) -> bool:
     """Tell whether there is nothing to do, and say so."""
     if not runs.is_finished(recipe):
         return False
@@ -73,7 +73,7 @@ def launch_of(
     return runs.Launch(launcher, nodes, workers_per_node, told, runs.code_revision())
 
 
-def write_run_folder(recipe: Recipe, launch: runs.Launch) -> lease.Lease | None:
+def write_run_folder(recipe: AnyRecipe, launch: runs.Launch) -> lease.Lease | None:
     """Make or take the run folder when nobody works on it; return the lease left in it."""
     seen = lease.wait_until_free(Path(recipe.run_dir))
     runs.create(recipe, launch)

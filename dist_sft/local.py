@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_sft import launching, lease, manifest, node, preflight, runs
-from dist_sft.config import Recipe
+from dist_sft.config import AnyRecipe
 from dist_sft.errors import UserError
 
 
@@ -95,7 +95,7 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
         )
 
 
-def dry_run(recipe: Recipe, workers: int, gpus: int) -> str:
+def dry_run(recipe: AnyRecipe, workers: int, gpus: int) -> str:
     """Return exactly what a run would use: the resolved recipe and the workers' command line."""
     run_dir = Path(recipe.run_dir)
     attempt = max(runs.attempts(run_dir), default=-1) + 1

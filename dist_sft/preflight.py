@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dist_sft import manifest
-from dist_sft.config import Recipe
+from dist_sft.config import AnyRecipe, Recipe
 from dist_sft.paths import FILE_TYPES, is_local, near_matches
+from dist_sft.sections import RowSource
 
 NO_GPU = ("", "-1", "NoDevFiles")  # the last one is SLURM's
 
 
-def missing_paths(recipe: Recipe) -> list[str]:
+def missing_paths(recipe: AnyRecipe) -> list[str]:
     """Return a line per path of the recipe that can only be a local one and does not exist.
 
     For launchers whose ranks see the files that this machine sees.
@@ -30,7 +31,7 @@ def missing_paths(recipe: Recipe) -> list[str]:
     ]
 
 
-def checkpoint_bytes(recipe: Recipe) -> int | None:
+def checkpoint_bytes(recipe: AnyRecipe) -> int | None:
     """Predict the size of a checkpoint: weights and two moments in float32, 12 bytes a parameter.
 
     The number of parameters is in the headers of the model's safetensors files
@@ -53,7 +54,7 @@ def checkpoint_bytes(recipe: Recipe) -> int | None:
 
 
 def machine_mistakes(
-    recipe: Recipe, workers: int, gpus: int, option: str = "--workers"
+    recipe: AnyRecipe, workers: int, gpus: int, option: str = "--workers"
 ) -> list[str]:
     """Return a line per wish that this machine's GPUs, or their absence, cannot fulfil.
 
@@ -80,15 +81,21 @@ def named_gpus(visible: str) -> list[str]:
     return [name for name in map(str.strip, visible.split(",")) if name not in NO_GPU]
 
 
-def _paths(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+def _paths(recipe: AnyRecipe) -> Iterator[tuple[str, str, str]]:
     """Yield dotted key, value and what is allowed."""
     rows = f"a {', '.join(FILE_TYPES)} file, a folder written by Dataset.save_to_disk, a hub name"
-    for kind, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        for number, source in enumerate(sources):
-            yield f"data.{kind}.{number}.path", source.path, rows
     templates = "human-assistant, alpaca, chatml, tokenizer, a Jinja file"
-    yield "data.template", recipe.data.template, templates
-    model = "a folder with config.json and safetensors weights, a finished run folder, a hub name"
+    sources: Mapping[str, Sequence[RowSource]]
+    if isinstance(recipe, Recipe):
+        sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+        yield "data.template", recipe.data.template, templates
+    else:
+        sources = {"input": recipe.input}
+        yield "template", recipe.template, templates
+    for key, listed in sources.items():
+        for number, source in enumerate(listed):
+            yield f"{key}.{number}.path", source.path, rows
+    model = "a folder with config.json and safetensors weights, a run folder, a hub name"
     if recipe.model.path is not None:
         yield "model.path", recipe.model.path, model
     if recipe.model.tokenizer is not None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_sft import local, quickstart_data, runs
-from dist_sft.config import Recipe, read_recipe
+from dist_sft.config import Recipe, read_training
 
 RECIPE = Path("configs/quickstart.yaml")
 DATA = Path("data/quickstart")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = local.main(["train", str(RECIPE), "--workers", str(options.workers)])
     if code != runs.FINISHED:
         return code
-    recipe = read_recipe(RECIPE)
+    recipe = read_training(RECIPE)
     run_dir = Path(recipe.run_dir)
     rows = quickstart_data.make_rows(seed=0).held_out
     before, after = (ask(recipe, run_dir / name, rows) for name in ("initial", "model"))

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_sft import launching, lease, node, preflight, ray_driver, ray_submit, runs
-from dist_sft.config import Recipe, read_config_json
+from dist_sft.config import AnyRecipe, read_config_json
 from dist_sft.errors import UserError
 
 DEFAULT_RESTARTS = 3
@@ -255,7 +255,7 @@ def resources_of(options: argparse.Namespace) -> dict[str, float]:
 
 def dry_run(
     options: argparse.Namespace,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     size: tuple[int, int],
     per_worker: dict[str, float],
 ) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import __version__, runs
-from dist_sft.config import Recipe
+from dist_sft.config import AnyRecipe
 from dist_sft.preflight import checkpoint_bytes, machine_mistakes
 
 SECONDS = 180.0  # what nodes get to appear; a container may have to be unpacked first
@@ -59,7 +59,7 @@ class NotTogether(RuntimeError):
 def take(
     run_dir: Path,
     attempt: int,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     node_rank: int,
     nodes: int,
     address: tuple[str, int] | None,
@@ -89,7 +89,7 @@ def take(
         raise NotTogether("\n  ".join([who, *verdict["problems"]]))
 
 
-def facts(recipe: Recipe, threads: int) -> dict[str, str]:
+def facts(recipe: AnyRecipe, threads: int) -> dict[str, str]:
     """Return what must be the same on all nodes."""
     return {
         "recipe": recipe.fingerprint(),
@@ -280,7 +280,7 @@ def _too_few_gpus(workers: int, gpus: int) -> Iterator[str]:
         )
 
 
-def too_full(run_dir: Path, recipe: Recipe) -> Iterator[str]:
+def too_full(run_dir: Path, recipe: AnyRecipe) -> Iterator[str]:
     """Say where there is no room for a checkpoint."""
     try:
         needed, free = checkpoint_bytes(recipe), shutil.disk_usage(run_dir).free

@@ -108,9 +108,9 @@ def _checkpoints(options: argparse.Namespace) -> dict[int, Path]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from dist_sft.config import read_config_json
+    from dist_sft.config import read_training_config
 
-    recipe = read_config_json(options.run_dir)
+    recipe = read_training_config(options.run_dir)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"OUT: {options.out} exists already; give a new folder")
     step, folder = list(_checkpoints(options).items())[-1]

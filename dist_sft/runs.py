@@ -17,7 +17,7 @@ from typing import Any
 
 from dist_sft.config import (
     LENGTH,
-    Recipe,
+    AnyRecipe,
     difference,
     is_longer,
     may_change,
@@ -72,7 +72,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def check(recipe: Recipe, allowed: Sequence[str] = ()) -> dict[str, str]:
+def check(recipe: AnyRecipe, allowed: Sequence[str] = ()) -> dict[str, str]:
     """Check that the run folder is new, or that of this recipe; return the settings that change.
 
     Raises UserError for a folder that holds something else, and for another run, with the settings
@@ -94,7 +94,7 @@ def check(recipe: Recipe, allowed: Sequence[str] = ()) -> dict[str, str]:
     return {}
 
 
-def create(recipe: Recipe, launch: Launch, say: Callable[[str], None] = print) -> Path:
+def create(recipe: AnyRecipe, launch: Launch, say: Callable[[str], None] = print) -> Path:
     """Make the run folder, or take the one that is there, as `check` allows.
 
     Raises UserError as `check` does, and for a folder that cannot be written.
@@ -140,7 +140,7 @@ def record_change(run_dir: Path, attempt: int, changes: dict[str, str]) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _changes(run_dir: Path, recipe: Recipe, allowed: Sequence[str]) -> dict[str, str]:
+def _changes(run_dir: Path, recipe: AnyRecipe, allowed: Sequence[str]) -> dict[str, str]:
     from dist_sft.manifest import every_folder
 
     old = read_config_json(run_dir)
@@ -282,7 +282,7 @@ def first_failure(run_dir: Path, attempt: int) -> tuple[int, Outcome] | None:
     return first["rank"], Outcome(first["code"], first["reason"], first["step"])
 
 
-def is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: AnyRecipe) -> bool:
     """Tell whether the newest attempt reached the end, and no more than that is asked for now."""
     run_dir = Path(recipe.run_dir)
     newest = max(attempts(run_dir), default=-1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import launching, lease, preflight, runs, slurm_options, slurm_queue
-from dist_sft.config import Recipe, read_config_json, read_recipe
+from dist_sft.config import AnyRecipe, read_config_json, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.slurm_options import CPUS, GPUS
 from dist_sft.slurm_queue import SWEEP, jobs_of, states_of
@@ -52,7 +52,7 @@ class Plan:
 
     where: Path
     """The run folder, or the one of a sweep."""
-    runs: list[tuple[Recipe, runs.Launch]]
+    runs: list[tuple[AnyRecipe, runs.Launch]]
     files: dict[Path, str]
     """What is written beside config.json and launch.json of the runs."""
     command: list[str]

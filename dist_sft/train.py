@@ -34,7 +34,7 @@ from dist_sft import (
     world,
 )
 from dist_sft.batches import Batch, Feeder
-from dist_sft.config import Recipe, read_config_json
+from dist_sft.config import Recipe, read_training_config
 from dist_sft.console import Console, redirect_output
 from dist_sft.divergence import Diverged, Guard, name_rows
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
@@ -79,7 +79,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         place = Place.from_environment()
         heart = Heart()
         heart.beat("preparing")
-        recipe, launch = read_config_json(run_dir), runs.read_launch(run_dir)
+        recipe, launch = read_training_config(run_dir), runs.read_launch(run_dir)
         dtype = resolve_dtype(recipe.model.dtype, place.device)
         if recipe.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
