@@ -173,8 +173,11 @@ def why_to_give_up(run_dir: Path, job: str) -> str | None:
 
 
 def _fruitful(run_dir: Path) -> set[int]:
-    """Return the attempts that brought a checkpoint, by the events in metrics.jsonl."""
-    path, found = run_dir / "metrics.jsonl", set[int]()
+    """Return the attempts that brought a part, or by the events in metrics.jsonl a checkpoint."""
+    path = run_dir / "metrics.jsonl"
+    found = {
+        a for a in runs.attempts(run_dir) if (runs.attempt_dir(run_dir, a) / runs.FRUITFUL).exists()
+    }
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         if '"event": "checkpoint"' in text:
             with contextlib.suppress(ValueError):  # a line that a killed rank left half written

@@ -91,8 +91,12 @@ class _Rendered(NamedTuple):
     """The text of each assistant turn that is learned, without its end token."""
 
 
-def load_template(name_or_path: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
+def load_template(
+    name_or_path: str, tokenizer: "PreTrainedTokenizerBase", key: str = "data.template"
+) -> Template:
     """Make one of the built-in `TEMPLATES`, or read a Jinja chat template from a file.
+
+    `key` is its place in the recipe, for messages.
 
     Raises UserError for an unknown name, an unreadable file and a tokenizer without what the
     template needs; MaskError for a template that never ends the assistant's turn.
@@ -101,8 +105,8 @@ def load_template(name_or_path: str, tokenizer: "PreTrainedTokenizerBase") -> Te
     if name_or_path in ("human-assistant", "alpaca"):
         if not isinstance(tokenizer.eos_token, str):
             raise UserError(
-                f"data.template={name_or_path}: ends answers with EOS, and the tokenizer has no "
-                "eos_token; set one in its tokenizer_config.json, or data.template to chatml"
+                f"{key}={name_or_path}: ends answers with EOS, and the tokenizer has no "
+                f"eos_token; set one in its tokenizer_config.json, or {key} to chatml"
             )
         make = human_assistant if name_or_path == "human-assistant" else alpaca
         return make(tokenizer.eos_token, adds_bos)
@@ -112,25 +116,25 @@ def load_template(name_or_path: str, tokenizer: "PreTrainedTokenizerBase") -> Te
     if name_or_path == "tokenizer":
         if not tokenizer.chat_template:
             raise UserError(
-                "data.template=tokenizer: this tokenizer has no chat template; allowed: "
+                f"{key}=tokenizer: this tokenizer has no chat template; allowed: "
                 "human-assistant, alpaca, chatml, or a Jinja file"
             )
         return JinjaTemplate("tokenizer", None, tokenizer)
-    return JinjaTemplate(name_or_path, _read_template(name_or_path), tokenizer)
+    return JinjaTemplate(name_or_path, _read_template(name_or_path, key), tokenizer)
 
 
-def _read_template(path: str) -> str:
+def _read_template(path: str, key: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         close = get_close_matches(path, TEMPLATES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(
-            f"data.template={path}: no such template or file{hint}; allowed: "
+            f"{key}={path}: no such template or file{hint}; allowed: "
             f"{', '.join(TEMPLATES)}, or a Jinja file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.template={path}: cannot be read as UTF-8 text: {error}") from error
+        raise UserError(f"{key}={path}: cannot be read as UTF-8 text: {error}") from error
 
 
 def add_new_tokens(tokenizer: "PreTrainedTokenizerBase", template: Template) -> int:
@@ -185,6 +189,11 @@ class Encoder:
     def stop_ids(self) -> tuple[int, ...]:
         """List the tokens that end an answer: generation stops at them."""
         return tuple(sorted(self._end_ids))
+
+    @property
+    def bos_id(self) -> int | None:
+        """Return the token that every sample begins with, where this tokenizer wants one."""
+        return self._bos_id
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Return the ids after which the assistant speaks: what training showed before an answer.

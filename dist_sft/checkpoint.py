@@ -41,10 +41,6 @@ class SaveFailed(RuntimeError):
     """Report that no checkpoint was made, as some rank could not write its part."""
 
 
-class SupersededError(RuntimeError):
-    """Report that a newer attempt works on the run: this one must not write any more."""
-
-
 class Snapshot:
     """Keep a copy of this rank's share of the state, in memory that is used for every save."""
 
@@ -166,12 +162,12 @@ class Saving:
     def _conclude(self, everyone: list[Any] | None) -> None:
         """Commit, or discard; `everyone` holds (failure, files) of each rank."""
         try:
-            check_newest(self._run_dir, self._attempt)
+            runs.check_newest(self._run_dir, self._attempt)
             if everyone is not None:
                 self._commit(everyone)
         except Exception as error:
             shutil.rmtree(self._temporary, ignore_errors=True)
-            if isinstance(error, SupersededError):
+            if isinstance(error, runs.SupersededError):
                 raise
             raise SaveFailed(
                 f"the checkpoint of step {self.step} cannot be saved: {error}"
@@ -186,15 +182,9 @@ class Saving:
         manifest.write(self._temporary, self._content | {"files": files}, self._mode & 0o666)
         self._temporary.chmod(self._mode)
         once.sync(self._temporary)
-        check_newest(self._run_dir, self._attempt)  # again: the rest took its time
+        runs.check_newest(self._run_dir, self._attempt)  # again: the rest took its time
         self._temporary.rename(self.final)
         once.sync(self.final.parent)
-
-
-def check_newest(run_dir: Path, attempt: int) -> None:
-    """Raise SupersededError where a newer attempt than this one works on the run."""
-    if max(runs.attempts(run_dir), default=0) > attempt:
-        raise SupersededError(f"a newer attempt works on {run_dir}; attempt {attempt} ends unsaved")
 
 
 def _write_state(path: Path, fragments: Iterable[Fragment], mode: int) -> dict[str, Any]:
@@ -353,7 +343,7 @@ def prune(run_dir: Path, keep: int, keep_every: int | None = None) -> None:
 
 def clean_up(run_dir: Path, attempt: int) -> None:
     """Remove what killed attempts left, once this one works; an older one must not come to that."""
-    check_newest(run_dir, attempt)
+    runs.check_newest(run_dir, attempt)
     remove_leftovers(run_dir)
 
 

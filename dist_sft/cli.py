@@ -208,7 +208,7 @@ def _read(options: argparse.Namespace) -> tuple[Recipe, Words]:
     recipe = read_training(options.recipe, options.overrides)
     from dist_sft.tokenizer import load_words
 
-    return recipe, load_words(recipe.model, recipe.data)
+    return recipe, load_words(recipe.model, recipe.data.template)
 
 
 def _encode(recipe: Recipe, words: Words) -> Stores:

@@ -301,6 +301,13 @@ def read_training_config(run_dir: str | Path) -> Recipe:
     return _for_training(read_config_json(run_dir), f"RUN_DIR: {run_dir}")
 
 
+def read_generation_config(run_dir: str | Path) -> GenerateRecipe:
+    """Read the resolved recipe of a generation run."""
+    recipe = read_config_json(run_dir)
+    assert isinstance(recipe, GenerateRecipe), "its job was launched"
+    return recipe
+
+
 def _for_training(recipe: AnyRecipe, what: str) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise UserError(f"{what} is for job: {recipe.job}, and this is about training")

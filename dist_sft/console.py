@@ -56,7 +56,7 @@ class Console:
         self._terminal = terminal
         self._bar: Progress | None = None
         self._last_line = 0.0
-        self._total = 0
+        self._total, self._unit = 0, "step"
         self._warm: tuple[float, int] | None = None  # when the first step ended, and its number
 
     def say(self, line: str) -> None:
@@ -65,13 +65,13 @@ class Console:
         if self._terminal is not None:
             (self._bar.console if self._bar else self._terminal).print(line, markup=False)
 
-    def start(self, total_steps: int, done: int) -> None:
-        """Begin to show progress."""
-        self._total = total_steps
+    def start(self, total: int, done: int, what: str = "training", unit: str = "step") -> None:
+        """Begin to show progress: `done` of `total` units of the work that is called `what`."""
+        self._total, self._unit = total, unit
         if self._terminal is None or not self._terminal.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
@@ -81,8 +81,12 @@ class Console:
             redirect_stdout=False,  # what is printed belongs in the log, and is redirected there
             redirect_stderr=False,
         )
-        self._bar.add_task("", total=total_steps, completed=done)
+        self._bar.add_task("", total=total, completed=done)
         self._bar.start()
+
+    def is_due(self) -> bool:
+        """Tell whether it is time for another line."""
+        return time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
 
     def step(self, step: int, text: str, *, important: bool) -> None:
         """Show a finished step; lines come every few seconds, but always for important steps."""
@@ -90,9 +94,9 @@ class Console:
             self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         now = time.monotonic()
         self._warm = self._warm or (now, step)
-        if important or now - self._last_line >= SECONDS_BETWEEN_LINES:
+        if important or self.is_due():
             self._last_line = now
-            line = f"step {step}/{self._total}  {text}{self._eta(now, step)}"
+            line = f"{self._unit} {step}/{self._total}  {text}{self._eta(now, step)}"
             print(line, flush=True)
             if self._terminal is not None and self._bar is None:
                 self._terminal.print(line, markup=False)

@@ -17,6 +17,7 @@ from dist_sft.config import Data, Source
 from dist_sft.digests import sha256
 from dist_sft.encoding import build_or_open
 from dist_sft.once import make_once
+from dist_sft.paths import cache_folder
 from dist_sft.plan import Plan
 from dist_sft.sources import open_source
 from dist_sft.store import Dataset, Store, StoreMeta, split_fraction
@@ -33,14 +34,6 @@ class Stores:
     """(source name, store folder)"""
     eval: list[tuple[str, str]]
     vocab_size: int
-
-
-def cache_folder(data: Data) -> Path:
-    """Return where encoded data is kept."""
-    if data.cache_dir is not None:
-        return Path(data.cache_dir)
-    default = Path.home() / ".cache" / "dist_sft"
-    return Path(os.environ.get("DIST_SFT_CACHE", default))
 
 
 def on_this_node(path: Path, name: str, say: Say) -> Path:
@@ -94,7 +87,7 @@ def prepare(
             store = build_or_open(
                 open_source(source.path, split=source.split, key=f"data.{kind}.{number}"),
                 encoder,
-                cache_folder(data),
+                cache_folder(data.cache_dir),
                 name=source.label,
                 row_format=source.format,
                 on_bad_row=data.on_bad_row,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -125,3 +127,10 @@ class GenerateRecipe(Job):
     """Where the indexed input is kept; by default ~/.cache/dist_sft."""
     watchdog: Watchdog = Watchdog()
     """When a run counts as hung: its workers are ended, with their stacks in the logs."""
+
+    def settings_fingerprint(self) -> str:
+        """Return a hash of the settings that answers depend on, where they are not named by it."""
+        told = self.model_dump(mode="json", include={"seed", "template", "generate", "input"})
+        del told["generate"]["on_error"]
+        told["input"] = [source["format"] for source in told["input"]]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

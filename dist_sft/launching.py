@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import lease, runs
-from dist_sft.config import AnyRecipe, read_recipe
+from dist_sft.config import JOBS, AnyRecipe, read_recipe
 from dist_sft.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what all launchers understand."""
-    parser.add_argument("job", choices=["train"], help="what to run")
+    parser.add_argument("job", choices=list(JOBS), help="what to run")
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any setting")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
@@ -28,9 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue although this setting (dotted, or a section) differs from the run's",
     )
     parser.add_argument(
+        "--reuse-unchanged",
+        action="store_true",
+        help="generate: go on although input, model or settings differ from the run's; rows keep "
+        "the answers that do not depend on what is different",
+    )
+    parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="continue from a checkpoint that other users own or may write",
+        help="use a checkpoint that other users own or may write",
     )
 
 
@@ -39,19 +45,44 @@ def read(options: argparse.Namespace) -> AnyRecipe:
     recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
     if options.restarts < 0:
         raise UserError(f"--restarts: got {options.restarts}; allowed: 0 or more")
-    runs.check(recipe, options.allow_change)
+    if recipe.job == "generate" and options.allow_change:
+        raise UserError("--allow-change is for training; for generation there is --reuse-unchanged")
+    if recipe.job == "train" and options.reuse_unchanged:
+        raise UserError("--reuse-unchanged is for generation; for training there is --allow-change")
+    runs.check(recipe, allowed(options))
     return recipe
+
+
+def allowed(options: argparse.Namespace) -> list[str]:
+    """Return the settings that may differ from those of the run that is there."""
+    return [runs.ALL] if options.reuse_unchanged else options.allow_change
 
 
 def is_finished(recipe: AnyRecipe) -> bool:
     """Tell whether there is nothing to do, and say so."""
-    if not runs.is_finished(recipe):
+    if not runs.is_finished(recipe) or _input_changed(recipe):
         return False
+    if recipe.job == "generate":
+        print(f"{recipe.run_dir} is finished already: the answers are in {recipe.output.path}")
+        return True
     print(
         f"{recipe.run_dir} is finished already; for another run give another run_dir, "
         "for more of this one more steps (under a constant schedule)"
     )
     return True
+
+
+def _input_changed(recipe: AnyRecipe) -> bool:
+    """Tell whether a finished generation run was made from other rows or another model."""
+    if recipe.job != "generate":
+        return False
+    from dist_sft import parts
+    from dist_sft.inputs import fingerprints
+    from dist_sft.paths import cache_folder
+
+    plan = parts.read_plan(Path(recipe.run_dir))
+    found = fingerprints(recipe.input, cache_folder(recipe.cache_dir))
+    return plan is None or any(plan.facts.get(key) != value for key, value in found.items())
 
 
 def refuse(mistakes: list[str]) -> None:
@@ -66,7 +97,8 @@ def launch_of(
     """Return what launch.json keeps; `told` is kept beside the options of all launchers."""
     told |= {
         "overrides": options.overrides,
-        "allow_change": options.allow_change,
+        "allow_change": allowed(options),
+        "reuse_unchanged": options.reuse_unchanged,
         "trust_checkpoint": options.trust_checkpoint,
         "restarts": options.restarts,
     }

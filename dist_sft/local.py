@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_sft import launching, lease, manifest, node, preflight, runs
+from dist_sft import launching, lease, node, preflight, runs
 from dist_sft.config import AnyRecipe
 from dist_sft.errors import UserError
 
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="start again after a crash, at most N times without a new checkpoint",
+        help="start again after a crash, at most N times without a new checkpoint or part",
     )
     return result
 
@@ -53,7 +53,7 @@ def launch(options: argparse.Namespace) -> int:
     if not options.prepare:
         if launching.is_finished(recipe):
             return runs.FINISHED
-        mistakes = preflight.missing_paths(recipe)
+        mistakes = preflight.path_mistakes(recipe)
         launching.refuse(mistakes + preflight.machine_mistakes(recipe, workers, gpus))
     if options.dry_run:
         print(dry_run(recipe, workers, gpus))
@@ -71,7 +71,7 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
     """Run attempts until one does not crash, or `restarts` in a row brought no new checkpoint."""
     in_vain = 0
     while True:
-        before = max(manifest.folders(run_dir), default=0)
+        before = runs.progress(run_dir)
         attempt = lease.claim(run_dir, seen)
         code = node.run(run_dir, attempt)
         if code != runs.FAILED:
@@ -79,18 +79,16 @@ def run_until_it_ends(run_dir: Path, restarts: int, seen: lease.Lease | None) ->
         if max(runs.attempts(run_dir)) > attempt:
             print("another launcher has taken over: no restart", file=sys.stderr)
             return code
-        in_vain = 1 if max(manifest.folders(run_dir), default=0) > before else in_vain + 1
+        in_vain = 1 if runs.progress(run_dir) > before else in_vain + 1
         if in_vain > restarts:
             if restarts:
-                print(
-                    f"gave up after {restarts} restarts without a new checkpoint", file=sys.stderr
-                )
+                print(f"gave up after {restarts} restarts without progress", file=sys.stderr)
             return code
         seen = lease.wait_until_free(run_dir)
-        newest = max(manifest.folders(run_dir), default=0)
+        what = "part" if (run_dir / "parts").exists() else "step"
         print(
-            f"starting again from step {newest} (restarts without a newer one: {in_vain} of "
-            f"{restarts})",
+            f"starting again behind {what} {runs.progress(run_dir)} (restarts without a newer one: "
+            f"{in_vain} of {restarts})",
             file=sys.stderr,
         )
 

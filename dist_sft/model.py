@@ -147,7 +147,7 @@ def check_positions(model: PreTrainedModel, datasets: Mapping[str, Dataset]) -> 
 
     Learned positions end there, with an index error at best; rotary ones go on untrained, silently.
     """
-    limit = _positions(model.config.get_text_config())
+    limit = positions(model.config.get_text_config())
     for name, dataset in datasets.items():
         longest = int(dataset.lengths.max(initial=0))
         if limit and longest - 1 > limit:  # the last token of a row is only ever a target
@@ -157,7 +157,7 @@ def check_positions(model: PreTrainedModel, datasets: Mapping[str, Dataset]) -> 
             )
 
 
-def _positions(config: PreTrainedConfig) -> int | None:
+def positions(config: PreTrainedConfig) -> int | None:
     """Return how many positions a model was made for, stretched ones included; None for any."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None or getattr(config, "alibi", False):

@@ -28,3 +28,11 @@ def near_matches(missing: str) -> str:
     if not near:
         return f" (looked in {folder.resolve()})"
     return f"; did you mean {' or '.join(str(folder / name) for name in near)}?"
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return where what is made from data is kept: as the recipe says, or by default."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    default = Path.home() / ".cache" / "dist_sft"
+    return Path(os.environ.get("DIST_SFT_CACHE", default))

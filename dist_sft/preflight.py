@@ -31,13 +31,36 @@ def missing_paths(recipe: AnyRecipe) -> list[str]:
     ]
 
 
+def path_mistakes(recipe: AnyRecipe) -> list[str]:
+    """Return a line per path that does not exist, and one where the output cannot be written."""
+    mistakes = missing_paths(recipe)
+    if not isinstance(recipe, Recipe):
+        output = Path(recipe.output.path)
+        folder = output.parent
+        if not folder.is_dir():
+            mistakes.append(f"output.path={output}: there is no folder {folder}; make it first")
+        elif not os.access(folder, os.W_OK):
+            mistakes.append(f"output.path={output}: the folder {folder} cannot be written to")
+        elif output.is_dir():
+            mistakes.append(f"output.path={output}: this is a folder; give the name of a file")
+        elif output.exists() and not (Path(recipe.run_dir) / "output.json").exists():
+            mistakes.append(
+                f"output.path={output}: there is a file that this run did not make; remove it, or "
+                "give another path"
+            )
+    return mistakes
+
+
 def checkpoint_bytes(recipe: AnyRecipe) -> int | None:
     """Predict the size of a checkpoint: weights and two moments in float32, 12 bytes a parameter.
 
     The number of parameters is in the headers of the model's safetensors files
     (https://huggingface.co/docs/safetensors). Where the run has a checkpoint, its size is known.
-    None where neither is there: a model of the hub that is not here yet, or that is only a config.
+    None where neither is there: a model of the hub that is not here yet, or that is only a config;
+    and where nothing is trained.
     """
+    if not isinstance(recipe, Recipe):
+        return None
     known = manifest.folders(Path(recipe.run_dir))
     if known:
         return sum(path.stat().st_size for path in known[max(known)].iterdir())

@@ -1,4 +1,4 @@
-"""Make what training starts from, once per node and before ranks meet, and wait for all nodes.
+"""Make what a job starts from, once per node and before ranks meet, and wait for all nodes.
 
 Whoever waits, waits on files in the attempt's folder and not in a collective, which would time out.
 """
@@ -9,10 +9,10 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dist_sft import data, hub, runs
 from dist_sft.config import Model, Recipe
@@ -43,24 +43,47 @@ def prepare_once(
 
     Raises UserError for wrong input, and RuntimeError when a rank or node gives up meanwhile.
     """
-    files = [runs.attempt_dir(run_dir, attempt) / f"data-{n}.json" for n in range(place.nodes)]
-    words = None
-    if place.local_rank == 0:
-        with _sign_of_life(_alive(files[place.node_rank])):
-            model = hub.on_disk(recipe.model, console.say)
-            words = load_words(model, recipe.data)
-            stores = data.prepare(recipe.data, words, console.say)
-            if model.config is not None:
-                make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
-            found = {"path": model.path, "tokenizer": model.tokenizer, "stores": asdict(stores)}
-            runs.write_atomically(files[place.node_rank], json.dumps(found) + "\n")
-    for number, file in enumerate(files):
-        _wait_for(file, number, run_dir, attempt, console)
-    found = json.loads(files[place.node_rank].read_text(encoding="utf-8"))
+    words: list[Words] = []
+
+    def make() -> dict[str, Any]:
+        model = hub.on_disk(recipe.model, console.say)
+        words.append(load_words(model, recipe.data.template))
+        stores = data.prepare(recipe.data, words[0], console.say)
+        if model.config is not None:
+            make_random_weights(recipe, stores.vocab_size, run_dir / "initial")
+        return {"path": model.path, "tokenizer": model.tokenizer, "stores": asdict(stores)}
+
+    everyone = once_per_node(run_dir, attempt, place, console, make, range(place.nodes))
+    found = everyone[place.node_rank]
     stores = data.Stores(**found.pop("stores"))
     model = recipe.model.model_copy(update=found | {"revision": None})
     folder = Path(model.path) if model.path else run_dir / "initial"
-    return Prepared(stores, words or load_words(model, recipe.data), model, folder)
+    mine = words[0] if words else load_words(model, recipe.data.template)
+    return Prepared(stores, mine, model, folder)
+
+
+def once_per_node(
+    run_dir: Path,
+    attempt: int,
+    place: Place,
+    console: Console,
+    make: Callable[[], dict[str, Any]],
+    nodes: Iterable[int],
+) -> dict[int, dict[str, Any]]:
+    """Let the first rank of this node `make` something; return what these `nodes` have made.
+
+    What `make` returns is told to others as JSON. Raises what it raises, and RuntimeError when a
+    rank or node gives up meanwhile.
+    """
+    folder = runs.attempt_dir(run_dir, attempt)
+    files = {n: folder / f"data-{n}.json" for n in {*nodes, place.node_rank}}
+    if place.local_rank == 0:
+        mine = files[place.node_rank]
+        with _sign_of_life(_alive(mine)):
+            runs.write_atomically(mine, json.dumps(make()) + "\n")
+    for number, file in sorted(files.items()):
+        _wait_for(file, number, run_dir, attempt, console)
+    return {n: json.loads(file.read_text(encoding="utf-8")) for n, file in files.items()}
 
 
 def _alive(file: Path) -> Path:

@@ -35,7 +35,7 @@ def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -
     from dist_sft.tokenizer import load_words
 
     logging.disable_progress_bar()
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     encoder = Encoder(words.template, words.tokenizer, max_length=None, overlong="error")
     prompts = [encoder.prompt(parse(row)) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()

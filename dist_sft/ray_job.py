@@ -128,7 +128,7 @@ def launch(options: argparse.Namespace) -> int:
     if not options.prepare and not http:
         if launching.is_finished(recipe):
             return runs.FINISHED
-        launching.refuse(preflight.missing_paths(recipe))
+        launching.refuse(preflight.path_mistakes(recipe))
     if options.dry_run:
         print(dry_run(options, recipe, size, per_worker))
         return runs.FINISHED

@@ -102,7 +102,7 @@ class Restorer:
         rollback = Rollback(target, step)
 
         def record() -> None:
-            checkpoint.check_newest(self._run_dir, self._attempt)
+            runs.check_newest(self._run_dir, self._attempt)
             record_rollback(self._run_dir, rollback, self._attempt, reason)
 
         world.on_rank_0(record)

@@ -29,6 +29,14 @@ FINISHED = 0
 FAILED = 1
 WRONG_INPUT = 2
 STOPPED = 75  # EX_TEMPFAIL: stopped and resumable
+FRUITFUL = "fruitful"
+"""An empty file in the folder of an attempt that has finished a part."""
+ALL = "*"
+"""Among the settings that may change, all of them."""
+
+
+class SupersededError(RuntimeError):
+    """Report that a newer attempt works on the run: this one must not write any more."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,13 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def progress(run_dir: Path) -> int:
+    """Return a number that grows as the run does: its newest checkpoint's step, or its parts."""
+    from dist_sft import manifest, parts
+
+    return max(max(manifest.folders(run_dir), default=0), len(parts.finished(run_dir)))
+
+
 def check(recipe: AnyRecipe, allowed: Sequence[str] = ()) -> dict[str, str]:
     """Check that the run folder is new, or that of this recipe; return the settings that change.
 
@@ -110,14 +125,14 @@ def create(recipe: AnyRecipe, launch: Launch, say: Callable[[str], None] = print
     if changes:
         listed = [f"{key}: {change}" for key, change in changes.items()]
         what = "continues with other settings"
-        if _nothing_was_learned(run_dir):
-            what = "has learned nothing yet; its settings change"
+        if _nothing_was_made(run_dir):
+            what = "has made nothing yet; its settings change"
         say("\n  ".join([f"{run_dir} {what}:", *listed]))
     try:
         if changes:
             record_change(run_dir, len(attempts(run_dir)), changes)
         described_otherwise = any(key.startswith("model.config") for key in changes)
-        if changes and (described_otherwise or _nothing_was_learned(run_dir)):
+        if changes and (described_otherwise or _nothing_was_made(run_dir)):
             # Random weights that the old settings described would be taken for the new ones'.
             shutil.rmtree(run_dir / "initial", ignore_errors=True)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -144,6 +159,10 @@ def _changes(run_dir: Path, recipe: AnyRecipe, allowed: Sequence[str]) -> dict[s
     from dist_sft.manifest import every_folder
 
     old = read_config_json(run_dir)
+    if old.job != recipe.job:
+        raise UserError(
+            f"run_dir: {run_dir} belongs to a run of job: {old.job}; give another run_dir"
+        )
     changes = difference(old, recipe)
     taken = max(every_folder(run_dir), default=None)
     refused = {
@@ -152,9 +171,16 @@ def _changes(run_dir: Path, recipe: AnyRecipe, allowed: Sequence[str]) -> dict[s
         if not may_change(key, old, recipe, taken)
         and not any(_is_in(key, name) for name in allowed)
     }
-    if not refused or _nothing_was_learned(run_dir):
+    if not refused or _nothing_was_made(run_dir) or ALL in allowed:
         return changes
     listed = [f"{key}: {change}" for key, change in refused.items()]
+    head = f"run_dir: {run_dir} belongs to a run with other settings (that run's -> the new ones):"
+    if old.job == "generate":
+        advice = (
+            "\nGive another run_dir, or the settings of that run to continue it. With "
+            "--reuse-unchanged, rows keep the answers that do not depend on what is different"
+        )
+        raise UserError("\n  ".join([head, *listed]) + advice)
     flags = " ".join(f"--allow-change {key}" for key in refused)
     advice = (
         "\nGive another run_dir, or the settings of that run to continue it. To go on with other "
@@ -169,7 +195,6 @@ def _changes(run_dir: Path, recipe: AnyRecipe, allowed: Sequence[str]) -> dict[s
             "optimizer.schedule: constant and optimizer.warmup_ratio: 0), and it is not before the "
             "newest checkpoint"
         )
-    head = f"run_dir: {run_dir} belongs to a run with other settings (that run's -> the new ones):"
     raise UserError("\n  ".join([head, *listed]) + advice)
 
 
@@ -177,12 +202,13 @@ def _is_in(key: str, section: str) -> bool:
     return f"{key}.".startswith(f"{section}.")
 
 
-def _nothing_was_learned(run_dir: Path) -> bool:
-    """Tell whether every attempt ended without having taken a step; one may still be running."""
+def _nothing_was_made(run_dir: Path) -> bool:
+    """Tell whether every attempt ended without a step or a part; one may still be running."""
     ended = all(read_outcome(run_dir, attempt) for attempt in attempts(run_dir))
     metrics = run_dir / "metrics.jsonl"
     took_steps = metrics.exists() and metrics.stat().st_size > 0
-    return ended and not took_steps and not (run_dir / "checkpoints").exists()
+    made = took_steps or any((run_dir / name).exists() for name in ("checkpoints", "parts"))
+    return ended and not made
 
 
 def read_launch(run_dir: Path) -> Launch:
@@ -218,6 +244,12 @@ def start_attempt(run_dir: Path) -> int:
     except OSError as error:
         raise UserError(f"{run_dir}/logs cannot be written: {error.strerror}") from None
     return number
+
+
+def check_newest(run_dir: Path, attempt: int) -> None:
+    """Raise SupersededError where a newer attempt than this one works on the run."""
+    if max(attempts(run_dir), default=0) > attempt:
+        raise SupersededError(f"a newer attempt works on {run_dir}; attempt {attempt} ends unsaved")
 
 
 def attempt_dir(run_dir: Path, attempt: int) -> Path:
@@ -289,6 +321,8 @@ def is_finished(recipe: AnyRecipe) -> bool:
     outcome = read_outcome(run_dir, newest)
     if outcome is None or outcome.code != FINISHED:
         return False
+    if recipe.job == "generate":
+        return Path(recipe.output.path).exists() and read_config_json(run_dir) == recipe
     return not (is_longer(read_config_json(run_dir), recipe) or _end_moved_after(run_dir, newest))
 
 

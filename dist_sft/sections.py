@@ -1,4 +1,4 @@
-"""What recipes are made of: checked numbers, frozen sections, and what the recipe of any job has."""
+"""What recipes are made of: checked numbers, frozen sections, what every job has."""
 
 from __future__ import annotations
 

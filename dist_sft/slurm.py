@@ -117,7 +117,7 @@ def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
     where, variants = sweep(options)
     pairs = [(variant, launching.read(variant)) for variant in variants]
     for _, recipe in pairs:
-        launching.refuse(preflight.missing_paths(recipe))
+        launching.refuse(preflight.path_mistakes(recipe))
     # Of a sweep that is launched again, with other values perhaps, all runs stay in the list.
     older = slurm_queue.runs_of(where) if (where / SWEEP).exists() else []
     listed = [folder.name for folder in older]

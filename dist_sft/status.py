@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
-from dist_sft import batch_job, lease, manifest, report, runs, slurm_queue
+from dist_sft import batch_job, lease, manifest, parts, report, runs, slurm_queue
+from dist_sft.config import read_config_json
+from dist_sft.progress import Overview, describe
 
 
 def status(run_dir: Path) -> list[str]:
@@ -23,9 +26,38 @@ def status(run_dir: Path) -> list[str]:
         f"owner: {_owner(run_dir, held)}",
         *slurm_queue.describe(slurm_queue.jobs_of(run_dir)),
         *_attempts(run_dir, held),
-        _progress(run_dir),
-        _checkpoints(run_dir),
+        *(_answers(run_dir) if _job(run_dir) == "generate" else _training(run_dir)),
     ]
+
+
+def _job(run_dir: Path) -> str:
+    return read_config_json(run_dir).job
+
+
+def _training(run_dir: Path) -> list[str]:
+    return [_progress(run_dir), _checkpoints(run_dir)]
+
+
+def _answers(run_dir: Path) -> list[str]:
+    """Tell how far a generation run is."""
+    plan = parts.read_plan(run_dir)
+    if plan is None:
+        return ["no part yet"]
+    newest = max(runs.attempts(run_dir), default=0)
+    view = Overview.read(run_dir, newest, plan)
+    lines = [
+        f"rows {view.finished_rows:,} of {plan.rows:,} ({view.finished_rows / plan.rows:.1%}); "
+        f"finished parts: {len(parts.finished(run_dir))} of {plan.parts}"
+    ]
+    if view.age is not None:
+        lines[0] += (
+            f"; {view.tokens_per_second:,.0f} tokens/s; written {view.age:.0f} s ago{view.eta}"
+        )
+    summary = run_dir / "summary.json"
+    if summary.exists() and view.finished_rows == plan.rows:
+        tally = parts.Tally.read(json.loads(summary.read_text(encoding="utf-8")))
+        lines += describe(tally)
+    return lines
 
 
 def _size(launch: runs.Launch) -> str:

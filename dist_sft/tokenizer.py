@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dist_sft.chat import Template, add_new_tokens, load_template
-from dist_sft.config import Data, Model
+from dist_sft.config import Model
 from dist_sft.errors import UserError
+from dist_sft.generate_recipe import GenerateModel
 from dist_sft.paths import is_local
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ class Words(NamedTuple):
     """Control tokens that the template added to the vocabulary."""
 
 
-def load_words(model: Model, data: Data) -> Words:
-    """Load tokenizer and template.
+def load_words(model: Model | GenerateModel, template: str, key: str = "data.template") -> Words:
+    """Load tokenizer and template; `key` is the latter's place in the recipe.
 
     Raises UserError where there is no tokenizer, no EOS token, or no such template.
     """
     from transformers import AutoTokenizer
 
     place = model.tokenizer or model_folder(model.path or "")
-    key = "model.tokenizer" if model.tokenizer else "model.path"
+    where = "model.tokenizer" if model.tokenizer else "model.path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             place,
@@ -40,12 +41,12 @@ def load_words(model: Model, data: Data) -> Words:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{key}: no tokenizer at {place}: {explain_missing(place, error)}\n"
+            f"{where}: no tokenizer at {place}: {explain_missing(place, error)}\n"
             "Give a folder with tokenizer.json, or a hub name; model.tokenizer says where it is if "
             "not beside the model."
         ) from error
-    template = load_template(data.template, tokenizer)
-    return Words(tokenizer, template, add_new_tokens(tokenizer, template))
+    loaded = load_template(template, tokenizer, key)
+    return Words(tokenizer, loaded, add_new_tokens(tokenizer, loaded))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

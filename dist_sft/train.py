@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import faulthandler
 import math
 import os
-import signal
 import sys
 import time
-import traceback
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,16 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.utils import logging
 
 from dist_sft import (
     attention,
     checkpoint,
     data,
-    deaf_torchrun,
     hub,
     manifest,
-    process,
+    rank_program,
     report,
     runs,
     shards,
@@ -35,7 +28,7 @@ from dist_sft import (
 )
 from dist_sft.batches import Batch, Feeder
 from dist_sft.config import Recipe, read_training_config
-from dist_sft.console import Console, redirect_output
+from dist_sft.console import Console
 from dist_sft.divergence import Diverged, Guard, name_rows
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
 from dist_sft.errors import UserError
@@ -66,7 +59,7 @@ from dist_sft.step import (
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
 from dist_sft.trackers import check_installed, start_trackers
-from dist_sft.watchdog import DUMP_SIGNAL, Heart
+from dist_sft.watchdog import Heart
 from dist_sft.world import Place
 
 PROFILED_EVERY = 200  # steps between looks at the collectives; a profiler costs time
@@ -405,39 +398,5 @@ def describe(line: dict[str, Any]) -> str:
     return text
 
 
-def run_rank(run_dir: Path, attempt: int) -> int:
-    """Run one rank to its end and write down how it went; return the process's exit code."""
-    rank = int(os.environ["RANK"])
-    process.die_with_parent()
-    for number in deaf_torchrun.IGNORED:  # torchrun's deafness is not for its ranks
-        signal.signal(number, signal.SIG_DFL)
-    terminal = redirect_output(runs.attempt_dir(run_dir, attempt) / f"rank-{rank}.log")
-    console = Console(terminal if rank == 0 else None)
-    faulthandler.register(DUMP_SIGNAL, file=sys.stderr)  # where it hangs, when its node asks
-    logging.disable_progress_bar()  # transformers' bars would be all that a log shows
-    try:
-        outcome = train(run_dir, attempt, console)
-    except Exception as error:
-        traceback.print_exc()
-        code = runs.WRONG_INPUT if isinstance(error, UserError) else runs.FAILED
-        reason = str(error) if code == runs.WRONG_INPUT else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
-            runs.write_failure(run_dir, attempt, rank, Outcome(code, reason, -1))
-        return code
-    if rank == 0:
-        with contextlib.suppress(OSError):  # a full disk: its node says how it went
-            runs.write_outcome(run_dir, attempt, outcome)
-    return 0  # torchrun takes any other code for a crash
-
-
-def main() -> int:
-    """Run one rank."""
-    parser = argparse.ArgumentParser(prog="python -m dist_sft.train", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--attempt", type=int, required=True)
-    arguments = parser.parse_args()
-    return run_rank(arguments.run_dir, arguments.attempt)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rank_program.main(train))

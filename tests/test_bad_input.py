@@ -236,7 +236,7 @@ def test_after_a_mistake_the_same_folder_serves_the_repaired_recipe(
     place = launches["data"].place
     code, out, err = finish(start(place, "--prepare", "seed=1"))
     assert code == 0, err
-    assert "has learned nothing yet; its settings change:\n  seed: 0 -> 1\n" in out
+    assert "has made nothing yet; its settings change:\n  seed: 0 -> 1\n" in out
 
 
 def stores(place: Place) -> list[Path]:
@@ -276,7 +276,7 @@ GOOD = line(**GOOD_ROW)
 def test_broken_data(place: Place, name: str, content: str | bytes, message: str) -> None:
     path = place.file(name, content)
     recipe = place.recipe(data={"train": [{"path": str(path)}]})
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     with pytest.raises(UserError) as refusal:
         data.prepare(recipe.data, words, say=lambda text: None)
     assert f"data.train.0.path={path}" in str(refusal.value)
@@ -287,7 +287,7 @@ def test_broken_data(place: Place, name: str, content: str | bytes, message: str
 def test_a_broken_row_names_the_way_around_it(place: Place) -> None:
     place.file("rows.jsonl", GOOD + "{\n")
     recipe = place.recipe()
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     with pytest.raises(UserError, match=r"Repair it, or set data\.on_bad_row=skip to leave such"):
         data.prepare(recipe.data, words, say=lambda text: None)
     said: list[str] = []
@@ -300,7 +300,7 @@ def test_a_broken_row_names_the_way_around_it(place: Place) -> None:
 def test_missing_data_file_suggests_what_is_there(place: Place) -> None:
     missing = place.folder / "row.jsonl"
     recipe = place.recipe(data={"train": [{"path": str(missing)}]})
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     with pytest.raises(UserError) as refusal:
         data.prepare(recipe.data, words, say=lambda text: None)
     found = place.folder / "rows.jsonl"
@@ -312,7 +312,7 @@ def test_missing_data_file_suggests_what_is_there(place: Place) -> None:
 
 def test_broken_evaluation_data_are_called_that(place: Place) -> None:
     recipe = place.recipe(data={"eval": [{"path": str(place.file("e.jsonl", ""))}]})
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     with pytest.raises(UserError, match=r"data\.eval\.0\.path=.*e\.jsonl: the file is empty"):
         data.prepare(recipe.data, words, say=lambda text: None)
 
@@ -320,7 +320,7 @@ def test_broken_evaluation_data_are_called_that(place: Place) -> None:
 def test_no_row_is_left(place: Place) -> None:
     place.file("rows.jsonl", line(instruction="word " * 50, output="x") * 3)
     recipe = place.recipe(data={"max_length": 8, "overlong": "drop"})
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     with pytest.raises(UserError) as refusal:
         data.prepare(recipe.data, words, say=lambda text: None)
     assert str(refusal.value) == (
@@ -336,7 +336,7 @@ def test_no_row_is_left(place: Place) -> None:
 def test_unknown_template(place: Place) -> None:
     recipe = place.recipe(data={"template": "alpacca"})
     with pytest.raises(UserError) as refusal:
-        load_words(recipe.model, recipe.data)
+        load_words(recipe.model, recipe.data.template)
     assert str(refusal.value) == (
         "data.template=alpacca: no such template or file (did you mean alpaca?); allowed: "
         "human-assistant, alpaca, chatml, tokenizer, or a Jinja file"
@@ -347,7 +347,7 @@ def test_missing_tokenizer(place: Place) -> None:
     missing = place.folder / "tokeniser"
     recipe = place.recipe(model={"tokenizer": str(missing)})
     with pytest.raises(UserError) as refusal:
-        load_words(recipe.model, recipe.data)
+        load_words(recipe.model, recipe.data.template)
     assert str(refusal.value) == (
         f"model.tokenizer: no tokenizer at {missing}: there is no such folder\n"
         "Give a folder with tokenizer.json, or a hub name; model.tokenizer says where it is if not "
@@ -362,7 +362,7 @@ def test_folder_without_a_sound_tokenizer(place: Place, content: str | None) -> 
         place.file("tokenizer/tokenizer.json", content)
     recipe = place.recipe()
     with pytest.raises(UserError) as refusal:
-        load_words(recipe.model, recipe.data)
+        load_words(recipe.model, recipe.data.template)
     assert f"model.tokenizer: no tokenizer at {place.folder / 'tokenizer'}: " in str(refusal.value)
     assert "tokenizer_config.json)" in str(refusal.value), "says what is in the folder"
 

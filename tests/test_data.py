@@ -42,7 +42,7 @@ def test_the_environment_is_put_back(
     monkeypatch.delenv(NAME, raising=False)
     if before is not None:
         monkeypatch.setenv(NAME, before)
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     seen = []
     data.prepare(recipe.data, words, print, progress=lambda rows: seen.append(os.environ[NAME]))
     assert seen == ["true"]
@@ -64,7 +64,7 @@ from dist_sft.tokenizer import load_words
 threads = lambda: len(os.listdir("/proc/self/task"))
 recipe = read_config_json(sys.argv[1])
 before = threads()
-words = load_words(recipe.model, recipe.data)  # uses them already where nothing turns them off
+words = load_words(recipe.model, recipe.data.template)  # uses them where nothing turns them off
 data.prepare(recipe.data, words, print)
 assert threads() > before, "the tokenizer used no threads"
 child = os.fork()
@@ -101,7 +101,7 @@ def test_a_nodes_own_disk_gets_a_verified_copy(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch, said = tmp_path / "scratch", list[str]()
-    words = load_words(recipe.model, recipe.data)
+    words = load_words(recipe.model, recipe.data.template)
     ((_, folder),) = data.prepare(recipe.data, words, print).train
     monkeypatch.setenv("DIST_SFT_SCRATCH", str(scratch))
     ((_, copy),) = data.prepare(recipe.data, words, print).train

@@ -180,7 +180,7 @@ def test_every_answer_of_a_conversation_is_shown(shown: Any, recipe: Path, tmp_p
 
 def test_what_is_shown_is_what_is_in_the_store(recipe: Path) -> None:
     settings = read_recipe(recipe)
-    words = load_words(settings.model, settings.data)
+    words = load_words(settings.model, settings.data.template)
     stores = data.prepare(settings.data, words, say=lambda line: None)
     train, _ = data.open_datasets(stores, settings.data, settings.seed)
     source = find_source(settings.data, None)
@@ -523,7 +523,7 @@ def test_plan_foretells_the_run(shown: Any, recipe: Path) -> None:
 
 def test_plan_shows_every_row_of_a_step_once(shown: Any, recipe: Path) -> None:
     settings = read_recipe(recipe)
-    words = load_words(settings.model, settings.data)
+    words = load_words(settings.model, settings.data.template)
     stores = data.prepare(settings.data, words, say=lambda line: None)
     train, _ = data.open_datasets(stores, settings.data, settings.seed)
     samples = data.make_plan(train, settings.data, settings.seed, 3).samples(3)

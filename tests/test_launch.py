@@ -438,7 +438,7 @@ def test_a_refused_attempt_does_not_cost_the_run_folder(
     capsys.readouterr()
     assert setup.launch("--prepare", "data.train.0.path=b.json") == 0
     assert capsys.readouterr().out == (
-        f"{setup.run_dir} has learned nothing yet; its settings change:\n"
+        f"{setup.run_dir} has made nothing yet; its settings change:\n"
         '  data.train.0.path: "a.json" -> "b.json"\n'
         f"prepared {setup.run_dir}\n"
     )
@@ -756,7 +756,7 @@ def test_a_crash_is_followed_by_restarts_until_they_are_in_vain(
     )
     assert setup.launch("--restarts=2") == runs.FAILED
     assert len(runs.attempts(setup.run_dir)) == attempts
-    assert "gave up after 2 restarts without a new checkpoint" in capfd.readouterr().err
+    assert "gave up after 2 restarts without progress" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("works_on", [True, False], ids=["it works", "it was stopped"])

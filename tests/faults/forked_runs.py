@@ -1,8 +1,8 @@
 """Real ranks without the ten seconds that imports take: a warm process forks them.
 
 `Warm` starts this file as a program; that imports everything once and then forks, at a test's word,
-ranks that call `train.run_rank` with the variables of torchrun. Beside training, a rank writes down
-which rows it really computes, and can be slowed down or held at a place.
+ranks that call `rank_program.run` with the variables of torchrun. Beside training, a rank writes
+down which rows it really computes, and can be slowed down or held at a place.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def rank_main(train: Any, order: dict[str, Any], rank: int, port: int) -> int:
     for descriptor in (1, 2):  # the old ones belong to the conversation with the test
         os.dup2(output, descriptor)
     instrument(train, order, rank)
-    code: int = train.run_rank(Path(order["run_dir"]), order["attempt"])
+    code: int = train.rank_program.run(train.train, Path(order["run_dir"]), order["attempt"])
     return code
 
 
