@@ -190,7 +190,7 @@ class Tally:
 
     def to_json(self) -> str:
         """Return the content of `summary.json`."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, content: dict[str, Any]) -> Tally:
@@ -228,7 +228,7 @@ def commit(
             "part": part,
             "size": size,
             "sha256": digest,
-            "tally": asdict(tally),
+            "tally": vars(tally),
             "keys": keys,
         }
         runs.write_atomically(making / "manifest.json", json.dumps(manifest) + "\n")

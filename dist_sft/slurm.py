@@ -1,6 +1,7 @@
 """Submit a run to SLURM. `launch/slurm.py` and `python -m dist_sft.slurm` end here. Needs no torch.
 
-A job is `slurm/train.sbatch` with a run folder; what it does in there, `batch_job` and `node` say.
+A job is `slurm/train.sbatch` or `generate.sbatch` with a run folder; what it does in there,
+`batch_job` and `node` say.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
     tasks = [listed.index(folder.name) for folder in folders] if options.sweep else []
     if options.sweep:
         written[where / SWEEP] = "".join(f"{where.absolute() / name}\n" for name in listed)
-    return Plan(where, planned, written, command_for(where, told, tasks), tasks)
+    return Plan(where, planned, written, command_for(where, options.job, told, tasks), tasks)
 
 
 @contextlib.contextmanager
@@ -207,7 +208,9 @@ def sweep(options: argparse.Namespace) -> tuple[Path, list[argparse.Namespace]]:
     return where, variants
 
 
-def command_for(where: Path, told: dict[str, Any], tasks: Sequence[int] = ()) -> list[str]:
+def command_for(
+    where: Path, job: str, told: dict[str, Any], tasks: Sequence[int] = ()
+) -> list[str]:
     """Return the command that submits a run folder, or these tasks of a sweep."""
     options: list[str] = told["sbatch"]
     chosen = {slurm_options.name_of(word) for word in options}
@@ -223,7 +226,7 @@ def command_for(where: Path, told: dict[str, Any], tasks: Sequence[int] = ()) ->
         "--requeue" if told["requeue"] else "--no-requeue",
         *([f"--array={','.join(map(str, tasks))}"] if tasks else []),
         *options,
-        str(files() / "train.sbatch"),
+        str(files() / f"{job}.sbatch"),
         str(where.absolute()),
     ]
 
@@ -314,7 +317,7 @@ def resume(folder: Path) -> int:
     refuse_a_second_job(folder)
     lease.wait_until_free(folder)
     (folder / "STOP").unlink(missing_ok=True)
-    plan = Plan(folder, [(recipe, launch)], {}, command_for(folder, launch.options), [])
+    plan = Plan(folder, [(recipe, launch)], {}, command_for(folder, recipe.job, launch.options), [])
     return submit(plan)
 
 

@@ -507,6 +507,6 @@ def test_a_launch_is_what_a_resume_repeats(run_dir: Path) -> None:
     told = asdict(runs.read_launch(run_dir))
     assert told["launcher"] == "slurm"
     assert (told["nodes"], told["workers_per_node"]) == (2, 8)
-    command = slurm.command_for(run_dir, told["options"])
+    command = slurm.command_for(run_dir, "train", told["options"])
     assert "--signal=B:USR1@300" in command
     assert command[-1] == str(run_dir)
