@@ -6,6 +6,7 @@ text). Every piece is encoded by itself, so the ids of a prompt cannot depend on
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -58,6 +59,14 @@ __all__ = [
 IGNORE = -100
 TEMPLATES = ("human-assistant", "alpaca", "chatml", "tokenizer")
 ENCODING_VERSION = 1
+PROBES = (
+    "Name the capital of France.\n\nIt is Paris: 1,234.50 of 67890 (89 %)!",
+    "  two spaces,\ttabs\r\n\n\nand   ends  ",
+    "把下面的句子翻译成英文。今天天气很好，我们去公园散步吧。",
+    "naïve café ﬁne Ⅷ ｆｕｌｌ e\u0301 Привет, мир! สวัสดี مرحبا 👩‍🚀🇫🇷",
+    "def f(x_1):\n    return {'camelCase': x_1 ** 2}  # don't",
+)
+"""Texts on which tokenizers differ."""
 
 
 class Sample(NamedTuple):
@@ -183,6 +192,24 @@ class Encoder:
             max_length,
             overlong,
             learn,
+        )
+
+    @cached_property
+    def prompt_fingerprint(self) -> str:
+        """Hash what decides the ids of prompts, and nothing that training alone needs.
+
+        What the tokenizer does is tried out: its file may be another one after it was saved, and in
+        another version of its library.
+        """
+        controls = sorted(self._control_ids.items())
+        return fingerprint(
+            ENCODING_VERSION,
+            self.template.words_fingerprint,
+            self._bos_id,
+            controls,
+            sorted(self._end_ids),
+            sorted(self._tokenizer.get_vocab().items()),
+            self._codec.encode([*PROBES, " ".join(token for token, _ in controls)]),
         )
 
     @property

@@ -14,8 +14,6 @@ read back by range, never unpickled; every byte is checked against the manifest 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import threading
 import time
@@ -25,14 +23,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dist_sft import manifest, once, runs, shards, world
-from dist_sft.digests import HashingFile, sha256
+from dist_sft.digests import sha256
 from dist_sft.engine import Engine
 from dist_sft.errors import UserError
 from dist_sft.pieces import Reader
 from dist_sft.shards import Fragment
+from dist_sft.tensor_file import Entry, write_tensors
 
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}
 
@@ -188,33 +186,15 @@ class Saving:
 
 
 def _write_state(path: Path, fragments: Iterable[Fragment], mode: int) -> dict[str, Any]:
-    """Write this rank's share as safetensors, a tensor at a time; return its manifest entry.
-
-    The format: 8 bytes with the header's length, a JSON header, then the tensors' bytes
-    (https://huggingface.co/docs/safetensors). Its own writer hashes nothing and syncs nothing.
-    """
+    """Write this rank's share as safetensors; return its manifest entry."""
     pieces = []
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {}
-    end = 0
+    entries = {}
     for fragment in fragments:
         pieces.append((fragment.name, fragment.start, len(fragment.tensors["fp32"])))
         for key, tensor in fragment.tensors.items():
             name = f"{fragment.name}|{key}|{fragment.start}"
-            start, end = end, end + 4 * len(tensor)
-            header[name] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [start, end]}
-            tensors[name] = tensor
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        os.fchmod(stream.fileno(), mode)
-        file = HashingFile(stream)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            if len(tensor):
-                array: Any = tensor.detach().float().cpu().contiguous().numpy()
-                file.write(memoryview(array).cast("B"))
-        size, digest = file.finish()
+            entries[name] = Entry(torch.float32, [len(tensor)], [tensor])
+    size, digest = write_tensors(path, entries, mode)
     return {"size": size, "sha256": digest, "pieces": pieces}
 
 
@@ -242,48 +222,24 @@ def newest_good(
 
     Each rank checks its part of the files. Damaged ones are passed over, with a line that says what
     is wrong, and renamed once a good one is found. None where there are no checkpoints at all.
-    Raises UserError where there are some and none is good: to begin anew would look like going on;
-    and, unless `trusting`, for a checkpoint that somebody else may have changed. Raises
-    RuntimeError where one cannot be read, which may pass: going on from an older one would throw
-    steps away. Steps that are `ruled_out` are not looked at.
+    Raises as `manifest.newest_good` does; and UserError, unless `trusting`, for a checkpoint that
+    somebody else may have changed. Steps that are `ruled_out` are not looked at.
     """
     # Ranks may see different things.
     found = world.on_rank_0(lambda: [s for s in manifest.folders(run_dir) if not ruled_out(s)])
     part = slice(dist.get_rank(), None, dist.get_world_size())
-    damaged: list[Path] = []
-    for step in reversed(found):
-        folder = manifest.folder_of(run_dir, step)
-        wrong = list(dict.fromkeys(world.gather(manifest.check(folder, level, part)[1])))
-        if not wrong:
-            if not trusting:
-                _refuse_untrusted(folder)
-            world.on_rank_0(lambda: _set_aside(damaged))
-            return step
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        out_of_reach = [problem for problem in wrong if problem.kind == "out of reach"]
-        if out_of_reach:
-            raise RuntimeError(
-                f"the checkpoint of step {step} cannot be read: {out_of_reach[0]}{more}. Once it "
-                f"can, the same command continues from it; without {folder}, from an older one"
-            )
-        if any(problem.kind == "damaged" for problem in wrong):
-            damaged.append(folder)
-        say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
-    if found:
-        raise UserError(
-            f"none of the {len(found)} checkpoints in {run_dir}/checkpoints is what was written, "
-            "see above. Put a good copy back, or give another run_dir to start anew"
-        )
-    return None
-
-
-def _refuse_untrusted(folder: Path) -> None:
-    doubt = world.on_rank_0(lambda: manifest.untrusted(folder))
-    if doubt:
-        raise UserError(
-            f"{doubt}: its owner could make this run load anything. If you trust them, launch "
-            "with --trust-checkpoint"
-        )
+    good, damaged = manifest.newest_good(
+        [manifest.folder_of(run_dir, step) for step in found],
+        lambda folder: world.gather(manifest.check(folder, level, part)[1]),
+        say,
+        "Put a good copy back, or give another run_dir to start anew",
+    )
+    if good is None:
+        return None
+    if not trusting:
+        world.on_rank_0(lambda: manifest.refuse_untrusted(good))
+    world.on_rank_0(lambda: _set_aside(damaged))
+    return manifest.step_of(good)
 
 
 def _set_aside(damaged: list[Path]) -> None:

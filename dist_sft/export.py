@@ -1,10 +1,11 @@
-"""Turn a checkpoint into a Hugging Face folder, one output shard in memory at a time."""
+"""Turn a checkpoint into a Hugging Face folder, a piece of a tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dist_sft.pieces import BUFFERS, Reader
+from dist_sft.tensor_file import Entry, write_tensors
 
 SHARD_BYTES = 5 * 2**30
 
@@ -56,38 +58,48 @@ def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 def export(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
     """Write safetensors shards, config, tokenizer and generation settings to `out`.
 
-    Memory is bounded by one output shard. `out` is built under a temporary name and renamed.
+    Memory is bounded by a piece of a tensor (`tensor_file.PIECE`). `out` is built under a temporary
+    name and renamed.
     """
-    reader = Reader(checkpoint)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    fill(temporary, checkpoint, dtype, shard_bytes)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+
+
+def fill(
+    folder: Path, checkpoint: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Do the same in an empty folder, where somebody else cares for names."""
+    reader = Reader(checkpoint)
     for name in reader.manifest["files"]:  # what else lies there, nobody has checked
         if name.startswith("model/"):
-            target = temporary / name.removeprefix("model/")
+            target = folder / name.removeprefix("model/")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint / name, target)  # not its mode: it is for others
-    _set_dtype(temporary / "config.json", dtype)
-    buffers = reader.buffers()
-    (temporary / BUFFERS).unlink(missing_ok=True)
-    shards = _plan_shards(reader.manifest["shapes"], dtype, shard_bytes)
+    _set_dtype(folder / "config.json", dtype)
+    mode = (folder / "config.json").stat().st_mode & 0o666
+    entries = {
+        name: Entry(dtype, shape, reader.whole(name))
+        for name, shape in reader.manifest["shapes"].items()
+    }
+    for name, buffer in reader.buffers().items():  # in their own dtype, as transformers keeps them
+        entries[name] = Entry(buffer.dtype, list(buffer.shape), [buffer])
+    (folder / BUFFERS).unlink(missing_ok=True)
+    shards = _plan_shards(entries, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: reader.tensor(name).to(dtype) for name in names}
-        if number == len(shards):
-            tensors |= buffers  # in their own dtype, as transformers keeps them
-        save_file(tensors, temporary / file, metadata={"format": "pt"})
-        # The library's files are for their owner only; a model's other files are not.
-        (temporary / file).chmod((temporary / "config.json").stat().st_mode & 0o777)
-        weight_map |= dict.fromkeys(tensors, file)
+        shard = {name: entries[name] for name in names}
+        write_tensors(folder / file, shard, mode, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _set_dtype(config_json: Path, dtype: torch.dtype) -> None:
@@ -97,13 +109,11 @@ def _set_dtype(config_json: Path, dtype: torch.dtype) -> None:
     config_json.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _plan_shards(
-    shapes: dict[str, list[int]], dtype: torch.dtype, shard_bytes: int
-) -> list[list[str]]:
+def _plan_shards(entries: Mapping[str, Entry], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        bytes_needed = torch.Size(shape).numel() * dtype.itemsize
+    for name, entry in entries.items():
+        bytes_needed = math.prod(entry.shape) * entry.dtype.itemsize
         if shards[-1] and size + bytes_needed > shard_bytes:
             shards.append([])
             size = 0

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from dist_sft.config import Model
 from dist_sft.errors import UserError
-from dist_sft.paths import is_local
-from dist_sft.tokenizer import explain_missing, model_folder
+from dist_sft.paths import explain_missing, is_local, model_folder
 
 WORDS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 WEIGHTS = "*.safetensors"
@@ -26,15 +25,19 @@ def on_disk(model: Model, say: Callable[[str], None]) -> Model:
     changes: dict[str, str | None] = {"revision": None}
     if model.path is not None:
         place = model_folder(model.path)
-        changes["path"] = _folder("model.path", place, model.revision, [*WORDS, WEIGHTS], say)
+        changes["path"] = fetch("model.path", place, model.revision, [*WORDS, WEIGHTS], say)
     if model.tokenizer is not None:
-        changes["tokenizer"] = _folder("model.tokenizer", model.tokenizer, None, [*WORDS], say)
+        changes["tokenizer"] = fetch("model.tokenizer", model.tokenizer, None, [*WORDS], say)
     return model.model_copy(update=changes)
 
 
-def _folder(
+def fetch(
     key: str, place: str, revision: str | None, patterns: list[str], say: Callable[[str], None]
 ) -> str:
+    """Return the folder of a model: the one that is here, or what the hub has of `patterns`.
+
+    `key` is what said so, for messages. Raises UserError for what the hub does not give.
+    """
     if Path(place).is_dir() or is_local(place):
         if revision is not None:
             raise UserError(

@@ -51,6 +51,7 @@ class JinjaTemplate:
         controls = sorted(map(re.escape, control_tokens(tokenizer)), key=len, reverse=True)
         self._control = re.compile("|".join(controls) or r"(?!)")
         self.fingerprint = fingerprint(name == "tokenizer", source or tokenizer.chat_template)
+        self.words_fingerprint = fingerprint(source or tokenizer.chat_template)
         self.end_tokens = self._find_end_tokens()
         self._end = re.compile("|".join(map(re.escape, sorted(self.end_tokens))))
         self._additions = self._find_additions()

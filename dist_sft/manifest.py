@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -69,6 +69,12 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """Return the step of a finished checkpoint's folder, None for another name."""
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def folders(run_dir: Path) -> dict[int, Path]:
     """Return the folders of all finished checkpoints by step, oldest first.
 
@@ -85,9 +91,9 @@ def folders(run_dir: Path) -> dict[int, Path]:
 def every_folder(run_dir: Path) -> dict[int, Path]:
     """Return the folders of all finished checkpoints, those that nothing goes on from included."""
     found = {
-        int(match[1]): path
+        step: path
         for path in (run_dir / "checkpoints").glob("step-*")
-        if (match := _FOLDER.fullmatch(path.name))
+        if (step := step_of(path)) is not None
     }
     return dict(sorted(found.items()))
 
@@ -105,6 +111,16 @@ def best(run_dir: Path) -> int | None:
             if first is not None:  # it is where the loss was not finite
                 losses[step] = first
     return min(losses, key=losses.__getitem__, default=None)
+
+
+def refuse_untrusted(folder: Path) -> None:
+    """Raise UserError for a checkpoint that somebody else may have changed."""
+    doubt = untrusted(folder)
+    if doubt:
+        raise UserError(
+            f"{doubt}: its owner could make this run load anything. If you trust them, launch "
+            "with --trust-checkpoint"
+        )
 
 
 def untrusted(folder: Path) -> str | None:
@@ -143,8 +159,7 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} has format {manifest['format']}, and this dist_sft reads {FORMAT}: install "
             "the version that wrote it"
         )
-    named = _FOLDER.fullmatch(folder.name)
-    if named and int(named[1]) != manifest["step"]:
+    if step_of(folder) not in (None, manifest["step"]):
         raise DamagedCheckpoint(f"{folder} is the checkpoint of step {manifest['step']}")
     for name in map(Path, manifest["files"]):
         if name.is_absolute() or ".." in name.parts:
@@ -200,6 +215,43 @@ def check(
     except DamagedCheckpoint as error:
         return {}, [Problem(str(error))]
     return content, problems(folder, content, sorted(content["files"])[part], level)
+
+
+def newest_good(
+    folders: Sequence[Path],
+    look: Callable[[Path], Sequence[Problem]],
+    say: Callable[[str], None],
+    advice: str,
+) -> tuple[Path | None, list[Path]]:
+    """Return the newest checkpoint that is what was written, and damaged ones that are newer.
+
+    `folders` are in the order of steps, `look` returns what is wrong with one. What is passed over
+    is told. None where there are no checkpoints at all. Raises UserError, with `advice`, where
+    there are some and none is good: another model would look like this one. Raises RuntimeError
+    where one cannot be read, which may pass: going on from an older one would throw steps away.
+    """
+    damaged: list[Path] = []
+    for folder in reversed(folders):
+        step = step_of(folder)
+        wrong = list(dict.fromkeys(look(folder)))
+        if not wrong:
+            return folder, damaged
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        out_of_reach = [problem for problem in wrong if problem.kind == "out of reach"]
+        if out_of_reach:
+            raise RuntimeError(
+                f"the checkpoint of step {step} cannot be read: {out_of_reach[0]}{more}. Once it "
+                f"can, the same command continues from it; without {folder}, from an older one"
+            )
+        if any(problem.kind == "damaged" for problem in wrong):
+            damaged.append(folder)
+        say(f"the checkpoint of step {step} is damaged and passed over: {wrong[0]}{more}")
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoints in {folders[0].parent} is what was written, "
+            f"see above. {advice}"
+        )
+    return None, []
 
 
 def strangers(folder: Path, manifest: dict[str, Any]) -> list[Path]:

@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dist_sft import config as settings
 from dist_sft.errors import UserError
 from dist_sft.once import DamagedError, make_once
+from dist_sft.paths import explain_missing
 from dist_sft.store import Dataset
-from dist_sft.tokenizer import explain_missing
 
 DTYPES = {
     "float32": torch.float32,
@@ -103,30 +103,55 @@ def _check_keys(keys: dict[str, Any], architecture: PreTrainedConfig) -> None:
 
 
 def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model for training, in `dtype`.
+    """Load a causal language model for training, in `dtype`; raises as `load_pretrained` does."""
+    loaded = load_pretrained(
+        folder,
+        dtype,
+        name=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if model.gradient_checkpointing:
+        loaded.activation_checkpointing_enable({"use_reentrant": False})
+    loaded.train()
+    return loaded
 
-    Raises UserError when the folder or hub name holds no loadable safetensors weights, or not all.
+
+def load_pretrained(
+    folder: str,
+    dtype: torch.dtype,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a causal language model in `dtype`; `options` are for transformers.
+
+    `name` is what the recipe calls it. Raises UserError when the folder or hub name holds no
+    loadable safetensors weights, or not all.
     """
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"model.path: {model.path or folder} cannot be loaded: {explain_missing(folder, error)}"
+            f"model.path: {name or folder} cannot be loaded: {explain_missing(folder, error)}"
             "\nGive a folder with config.json and complete safetensors weights, or a hub name."
         ) from error
     # transformers fills gaps with random numbers and goes on.
     gaps = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if gaps:
         raise UserError(
-            f"model.path: in {model.path or folder}, config.json and the weights do not belong "
+            f"model.path: in {name or folder}, config.json and the weights do not belong "
             f"together: {len(gaps)} weights are missing or have other sizes, such as {gaps[0]}"
         )
     accepted = inspect.signature(loaded.forward).parameters.values()
@@ -136,9 +161,6 @@ def load_model(model: settings.Model, folder: str, dtype: torch.dtype) -> PreTra
             "code of its own needs that argument: the positions whose logits are wanted, a bool "
             "tensor like input_ids"
         )
-    if model.gradient_checkpointing:
-        loaded.activation_checkpointing_enable({"use_reentrant": False})
-    loaded.train()
     return cast(PreTrainedModel, loaded)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_sft import manifest
 from dist_sft.manifest import DamagedCheckpoint
+from dist_sft.tensor_file import NotSafetensors, TensorFile
 
 BUFFERS = "buffers.safetensors"
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -31,27 +31,42 @@ class Reader:
         for file, entry in self.manifest["files"].items():
             for name, start, length in entry.get("pieces", ()):
                 self._pieces[name].append((start, length, file))
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
 
     def keys(self, name: str) -> tuple[str, ...]:
         """Return the keys under which there is something of a parameter."""
         return KEYS[:1] if name in self.frozen else KEYS
 
     def read(self, name: str, key: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (offset from start, values) until the range of the flattened tensor is complete."""
+        """Yield (offset from start, values), a few at a time and in order.
+
+        They are the range of the flattened tensor, whole; else this raises DamagedCheckpoint.
+        """
         covered = 0
         for piece_start, piece_length, file in sorted(self._pieces[name]):
             first = max(start, piece_start)
             last = min(start + length, piece_start + piece_length)
             if first < last:
-                source = self._file(file).get_slice(f"{name}|{key}|{piece_start}")
-                yield first - start, source[first - piece_start : last - piece_start]
+                stored, shift = f"{name}|{key}|{piece_start}", piece_start - start
+                try:
+                    source = self._file(file)
+                    for place, values in source.read(
+                        stored, first - piece_start, last - piece_start
+                    ):
+                        yield place + shift, values
+                except NotSafetensors as error:
+                    raise DamagedCheckpoint(str(error)) from None
                 covered += last - first
         if covered != length:
             raise DamagedCheckpoint(
                 f"{self.folder} holds {covered} of {length} elements of {name}, though every byte "
                 "is what was written: a fault of whoever wrote it"
             )
+
+    def whole(self, name: str, key: str = "fp32") -> Iterator[Tensor]:
+        """Yield all elements of the flattened tensor, a few at a time."""
+        count = math.prod(self.manifest["shapes"][name])
+        return (values for _, values in self.read(name, key, 0, count))
 
     def tensor(self, name: str, key: str = "fp32") -> Tensor:
         """Return one whole tensor in its own shape."""
@@ -67,12 +82,7 @@ class Reader:
         name = f"model/{BUFFERS}"
         return load_file(self.folder / name) if name in self.manifest["files"] else {}
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
-            except SafetensorError as error:
-                raise DamagedCheckpoint(
-                    f"{self.folder / name}: not safetensors ({error})"
-                ) from None
+            self._open[name] = TensorFile(self.folder / name)
         return self._open[name]

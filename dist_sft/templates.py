@@ -45,6 +45,10 @@ class Template(Protocol):
         """Hash everything that decides the rendered text."""
 
     @property
+    def words_fingerprint(self) -> str:
+        """Hash the same, whatever the template is called and wherever it is from."""
+
+    @property
     def new_tokens(self) -> tuple[str, ...]:
         """List the control tokens that the tokenizer lacks."""
 
@@ -113,6 +117,11 @@ class PlainTemplate:
     def fingerprint(self) -> str:
         """Hash name and version: the words live in this file."""
         return fingerprint(self.name, self.version, self.end)
+
+    @property
+    def words_fingerprint(self) -> str:
+        """Hash the same."""
+        return self.fingerprint
 
     @property
     def end_tokens(self) -> frozenset[str]:
@@ -234,6 +243,11 @@ class ChatML:
     def fingerprint(self) -> str:
         """Hash name and version: the words live in this file."""
         return fingerprint(self.name, self.version)
+
+    @property
+    def words_fingerprint(self) -> str:
+        """Hash the same."""
+        return self.fingerprint
 
     @property
     def end_tokens(self) -> frozenset[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dist_sft.chat import Template, add_new_tokens, load_template
 from dist_sft.config import Model
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import GenerateModel
-from dist_sft.paths import is_local
+from dist_sft.paths import explain_missing, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,24 +51,3 @@ def load_words(model: Model | GenerateModel, template: str, key: str = "data.tem
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return how many embeddings the tokenizer needs; its ids may have gaps."""
     return 1 + max(int(number) for number in tokenizer.get_vocab().values())
-
-
-def explain_missing(place: str, error: Exception) -> str:
-    """Say in a line why nothing could be loaded from a folder or hub name."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if Path(place).is_dir():
-        files = ", ".join(sorted(path.name for path in Path(place).iterdir())[:8])
-        return f"{said} (the folder holds {files or 'nothing'})"
-    if is_local(place):
-        return "there is no such folder"
-    return f"there is no such folder here, and the hub does not give it: {said}"
-
-
-def model_folder(path: str) -> str:
-    """Return where a model's files are: a run folder stands for what it exported."""
-    folder = Path(path)
-    if not (folder / "checkpoints").is_dir() or not (folder / "launch.json").is_file():
-        return path
-    if not (folder / "model").is_dir():
-        raise UserError(f"model.path: the run {path} has exported no model yet (no {path}/model)")
-    return str(folder / "model")

@@ -135,6 +135,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             "recipe": recipe.fingerprint(),
             "data": train_set.fingerprint,
             "words": encoder.fingerprint,  # tokenizer and template
+            "prompt_words": encoder.prompt_fingerprint,
+            "template": recipe.data.template,
             "model": hashes["model"],  # what the run began from
             "zero_stage": recipe.deepspeed and recipe.deepspeed.zero_optimization.stage,
             "code": launch.revision,

@@ -31,7 +31,8 @@ from dist_sft.model import (
     make_random_weights,
     resolve_dtype,
 )
-from dist_sft.tokenizer import explain_missing, load_words, model_folder
+from dist_sft.paths import explain_missing, model_folder
+from dist_sft.tokenizer import load_words
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 240  # for a rank on a busy machine; alone it takes about ten
