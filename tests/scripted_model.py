@@ -58,16 +58,16 @@ class ScriptedModel:
     __call__ = forward
 
 
+BEGIN = 0
+"""Ends the prompts of `saying`, and is nowhere else in them."""
+
+
 def saying(answers: Sequence[Sequence[int]], end: int) -> Script:
-    """Let prompt [n] be answered with answers[n]: the first token says which row it is."""
+    """Let a prompt whose first token is n be answered with answers[n - 1], and then `end`."""
 
     def script(read: list[int]) -> int:
-        answer = answers[read[0]]
+        answer = answers[read[0] - 1]
         said = len(read) - read.index(BEGIN) - 1
         return answer[said] if said < len(answer) else end
 
     return script
-
-
-BEGIN = 0
-"""Ends the prompts of `saying`."""
