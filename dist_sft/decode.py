@@ -2,7 +2,7 @@
 
 Rows of similar length go together. A finished row leaves at once, and its place goes to one that
 waits. Which rows meet which depends on the requests and `batch_tokens` alone, so the same requests
-give the same bytes wherever they are answered.
+give the same bytes wherever they are answered, on machines and numbers of threads that are alike.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dist_sft.errors import UserError
 from dist_sft.sampling import Sampling, choose, uniforms
 from dist_sft.slots import Slots, StockCache
+from dist_sft.stop_strings import StopStrings
 
-SLACK = 64  # columns that are given back before the oldest ones are forgotten
+SLACK = 64  # columns to spare: so many steps go by before columns are moved to the front
 WAITERS = 4  # a batch is filled up when one of so many places is free: prompts go together, too
-BYTES_BEHIND = 8  # tokens behind the longest stop string in which it is looked for
 
-Reason = Literal["eos", "stop", "length"]
+Reason = Literal["eos", "stop", "length", "error"]
 
 
 class Request(NamedTuple):
-    """A prompt; `row` and `sample` say which random numbers its answer is drawn with."""
+    """A prompt of one token or more; `row` and `sample` say which random numbers it gets."""
 
     prompt: Sequence[int]
     row: int = 0
@@ -45,6 +46,7 @@ class Answer(NamedTuple):
     ids: list[int]
     """Everything that was generated but for the end token."""
     reason: Reason
+    """`error` where the model's next logits were no numbers, or infinite."""
 
 
 @dataclass
@@ -73,8 +75,19 @@ class _Row:
 class Decoder:
     """Answer prompts with one model, in the way of one `Sampling`.
 
-    `stop_ids` are the tokens that end an answer, `text_of` makes text of ids. `tick` is told after
-    every forward how many tokens were chosen, and may raise to leave.
+    The model is in eval mode and has its stock attention. `stop_ids` are the tokens that end an
+    answer, `text_of` makes text of ids. `tick` is told after every forward how many tokens were
+    chosen, and may raise to leave.
+
+    Where memory does not suffice, the rows that are not finished begin again, half as many at a
+    time, and `shrunk` is told how many rows begin again and how many places there are now: from
+    there on the last bits of their logits, and so their answers, may be other ones.
+
+    Ranks that share one model (ZeRO-3) call with the same requests, and `agree` makes of the tokens
+    [n] that each of them chose the ones that all take, such as rank 0's: then they go through the
+    same forwards, whatever their last bits are. With it, memory that does not suffice is an error.
+
+    Raises UserError for a model that has no cache of a kind that is known here.
     """
 
     def __init__(
@@ -84,81 +97,124 @@ class Decoder:
         sampling: Sampling,
         text_of: Callable[[list[int]], str],
         tick: Callable[[int], None] = lambda tokens: None,
+        *,
+        agree: Callable[[Tensor], Tensor] | None = None,
+        shrunk: Callable[[int, int], None] = lambda rows, places: None,
     ) -> None:
         self._model = model
         self._stop_ids = frozenset(stop_ids)
         self._sampling = sampling
         self._text_of = text_of
+        self._stops = StopStrings(sampling.stop, text_of)
         self._tick = tick
+        self._agree = agree
+        self._shrunk = shrunk
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
-        self._memory = Slots if Slots.hold(model) else StockCache
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        plain = Slots.hold(model)
+        if "past_key_values" in accepted:
+            self._cache_name = "past_key_values"
+        elif "cache_params" in accepted and not plain:
+            self._cache_name = "cache_params"
+        else:
+            kind = type(model).__name__
+            raise UserError(f"{kind} cannot generate here: its cache is of a kind of its own")
+        self._memory = Slots if plain else StockCache
+        # Who is not told positions finds them out: from the mask, or by counting padding, too.
+        self._pads = self._takes_positions or self._sees_no_padding()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers in it cannot be trained
     def answer(self, requests: Sequence[Request], batch_tokens: int) -> list[Answer]:
         """Answer all requests, in their order.
 
         `batch_tokens` is the memory for keys and values, in tokens: rows x columns of a batch; one
-        row always goes.
+        row always goes. Raises what the model raises where memory does not suffice for one row.
         """
+        assert not self._model.training
         answers: dict[int, Answer] = {}
-        for numbers in grouped([len(request.prompt) for request in requests], self._sampling):
-            waiting = deque(self._row(number, requests[number]) for number in numbers)
-            columns = len(waiting[0].request.prompt) + self._sampling.max_new_tokens + SLACK
-            slots = max(1, min(len(waiting), batch_tokens // columns))
-            for row, answer in self._answer(waiting, slots, columns):
-                answers[row.number] = answer
+        lengths = [len(request.prompt) for request in requests]
+        for numbers in grouped(lengths, self._sampling.max_new_tokens, equal=not self._pads):
+            columns = len(requests[numbers[0]].prompt) + self._sampling.max_new_tokens + SLACK
+            while numbers:
+                places = max(1, min(len(numbers), batch_tokens // columns))
+                waiting = deque((number, requests[number]) for number in numbers)
+                try:
+                    for number, answer in self._answer(waiting, places, columns):
+                        answers[number] = answer
+                except (RuntimeError, MemoryError) as error:
+                    if places == 1 or self._agree or not _out_of_memory(error):
+                        raise
+                    # No later group of this call is larger: what it is for one, it is for others.
+                    batch_tokens = places // 2 * columns
+                numbers = [number for number in numbers if number not in answers]
+                if numbers:
+                    torch.cuda.empty_cache()
+                    self._shrunk(len(numbers), batch_tokens // columns)
         return [answers[number] for number in range(len(requests))]
 
-    @torch.inference_mode()  # as a decorator it is left at every yield
+    @torch.no_grad()  # as a decorator it is left at every yield
     def stream(self, request: Request) -> Iterator[str]:
-        """Yield the answer to one prompt in pieces of text, as they come."""
+        """Yield the answer to one prompt in pieces of text, as they come.
+
+        Together they are its text, as long as what the model says is Unicode: with some tokenizers
+        a broken character makes those before it broken, too, and they have been yielded then.
+        """
+        assert not self._model.training
         said = ""
         memory = self._memory(self._model, 1, len(request.prompt) + self._sampling.max_new_tokens)
         row = self._row(0, request)
         logits = self._prefill(memory, [row])
         while True:
             answer = self._take([row], logits)[0]
-            text = answer.text if answer else self._text_of(row.ids)
-            sure = text if answer else _surely_said(text, self._sampling.stop)
-            if len(sure) > len(said):
-                yield sure[len(said) :]
-                said = sure
+            text = answer.text if answer else self._stops.sure(self._text_of(row.ids))
+            if len(text) > len(said):
+                yield text[len(said) :]
+                said = text
             if answer:
                 return
             logits = self._step(memory, [row])
 
+    @torch.no_grad()
+    def _sees_no_padding(self) -> bool:
+        """Tell whether a prompt has the same logits with padding before it."""
+        prompts = [1, 2, 3], [0] * 6 + [1, 2, 3]
+        alone, padded = (
+            self._forward(self._memory(self._model, 1, 9), torch.tensor([prompt]), [3])
+            for prompt in prompts
+        )
+        tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
+        return bool((alone - padded).abs().max() <= tolerance * alone.abs().max())
+
     def _row(self, number: int, request: Request) -> _Row:
+        assert request.prompt, "a prompt without tokens"
         draws = None
         if self._sampling.temperature:
             draws = uniforms(self._sampling, request.row, request.sample)
         return _Row(number, request, draws)
 
     def _answer(
-        self, waiting: deque[_Row], slots: int, columns: int
-    ) -> Iterator[tuple[_Row, Answer]]:
+        self, waiting: deque[tuple[int, Request]], places: int, columns: int
+    ) -> Iterator[tuple[int, Answer]]:
         """Answer rows, longest prompt first, so many at a time; yield each as it is finished."""
-        memory = self._memory(self._model, slots, columns)
+        memory = self._memory(self._model, places, columns)
         rows: list[_Row] = []
         while waiting or rows:
-            free = slots - len(rows)
+            free = places - len(rows)
             first = 0  # of the rows whose next token is to be chosen
-            if waiting and (not rows or (memory.refills and WAITERS * free >= slots)):
+            refills = memory.refills and self._pads
+            if waiting and (not rows or (refills and WAITERS * free >= places)):
                 first = len(rows)
-                new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                logits = self._enter(memory, new, len(rows))
+                new = [self._row(*waiting.popleft()) for _ in range(min(free, len(waiting)))]
+                logits = self._enter(memory, new, first)
                 rows += new
             else:
-                oldest = memory.end - max(row.length for row in rows)
-                if oldest >= SLACK:
-                    memory.shift(oldest, len(rows))
                 logits = self._step(memory, rows)
-            answers = self._take(rows[first:], logits)
             done = {}
-            for place, answer in enumerate(answers, start=first):
+            for place, answer in enumerate(self._take(rows[first:], logits), start=first):
                 if answer is not None:
                     done[place] = answer
-                    yield rows[place], answer
+                    yield rows[place].number, answer
             if done:
                 kept = _closed_up(len(rows), done)
                 rows = [rows[place] for place in kept]
@@ -167,14 +223,20 @@ class Decoder:
 
     def _enter(self, memory: Slots | StockCache, new: list[_Row], at: int) -> Tensor:
         """Let rows in behind the first `at` ones; return the logits of their first tokens."""
-        prompts: dict[int, int] = {}  # samples of one row have the same one, and share the work
-        sources = [prompts.setdefault(id(row.request.prompt), len(prompts)) for row in new]
+        prompts: dict[tuple[int, ...], int] = {}  # samples of one row share the work
+        sources = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in new]
         distinct = [new[sources.index(number)] for number in range(len(prompts))]
-        longest = max(len(row.request.prompt) for row in distinct)
-        apart = self._memory(self._model, len(distinct), longest)
-        logits = self._prefill(apart, distinct)
-        memory.join(apart, sources, at)  # type: ignore[arg-type]
-        return logits[torch.tensor(sources, device=logits.device)]
+        if at:
+            longest = max(len(row.request.prompt) for row in distinct)
+            apart = self._memory(self._model, len(distinct), longest)
+            logits = self._prefill(apart, distinct)
+            memory.join(apart, sources, at)  # type: ignore[arg-type]
+        else:
+            memory.clear()
+            logits = self._prefill(memory, distinct)
+            if len(new) > len(distinct):
+                memory.spread(sources)
+        return logits[sources]
 
     def _prefill(self, memory: Slots | StockCache, rows: list[_Row]) -> Tensor:
         """Let the model read prompts, padded on the left: they end where the answers begin."""
@@ -186,71 +248,62 @@ class Decoder:
 
     def _step(self, memory: Slots | StockCache, rows: list[_Row]) -> Tensor:
         """Let the model read the newest token of every row."""
+        memory.trim(max(row.length for row in rows), len(rows))
         ids = torch.tensor([[row.ids[-1]] for row in rows])
         return self._forward(memory, ids, [row.length + 1 for row in rows])
 
     def _forward(self, memory: Slots | StockCache, ids: Tensor, lengths: list[int]) -> Tensor:
         """Return the logits behind the last column [n, V]; `lengths` count it."""
-        end, device = memory.end + ids.shape[1], self._model.device
-        starts = end - torch.tensor(lengths)[:, None]
-        columns = torch.arange(end)[None]
+        before, after, device = memory.width, memory.width + ids.shape[1], self._model.device
+        starts = after - torch.tensor(lengths)[:, None]
+        columns = torch.arange(after)[None]
         inputs = {
             "input_ids": ids.to(device),
             "attention_mask": (columns >= starts).long().to(device),
         }
         if self._takes_positions:
-            positions = (columns[:, memory.end :] - starts).clamp(min=0)
-            inputs["position_ids"] = positions.to(device)
-        logits: Tensor = self._model(
-            **inputs, past_key_values=memory.cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
-        memory.end = end
+            inputs["position_ids"] = (columns[:, before:] - starts).clamp(min=0).to(device)
+        cache = {self._cache_name: memory.cache}
+        output = self._model(**inputs, **cache, **self._last_only, use_cache=True)
+        memory.grow(ids.shape[1])
+        logits: Tensor = output.logits[:, -1]
         return logits
 
     def _take(self, rows: list[_Row], logits: Tensor) -> list[Answer | None]:
         """Choose the next token of every row; return the answers that it ends."""
         sampling = self._sampling
         histories = [row.history for row in rows] if sampling.repetition_penalty != 1.0 else []
-        tokens = choose(logits, sampling, histories, [row.draw for row in rows]).tolist()
+        chosen = choose(logits, sampling, histories, [row.draw for row in rows])
+        tokens = (self._agree(chosen) if self._agree else chosen).tolist()
         self._tick(len(tokens))
-        answers: list[Answer | None] = []
-        for row, token in zip(rows, tokens, strict=True):
-            answer = None
-            if token in self._stop_ids:
-                answer = Answer(self._text_of(row.ids), row.ids, "eos")
-            else:
-                row.ids.append(token)
-                cut = self._cut(row.ids) if sampling.stop else None
-                if cut is not None:
-                    answer = Answer(cut, row.ids, "stop")
-                elif len(row.ids) == sampling.max_new_tokens:
-                    answer = Answer(self._text_of(row.ids), row.ids, "length")
-            answers.append(answer)
-        return answers
+        return [self._add(row, token) for row, token in zip(rows, tokens, strict=True)]
 
-    def _cut(self, ids: list[int]) -> str | None:
-        """Return the text before the first stop string, or None where there is none yet."""
-        stop = self._sampling.stop
-        # A token is at least a byte: the newest ones are enough to see whether one has come.
-        window = max(len(text.encode()) for text in stop) + BYTES_BEHIND
-        if len(ids) > window and not any(x in self._text_of(ids[-window:]) for x in stop):
-            return None
-        text = self._text_of(ids)
-        places = [place for x in stop if (place := text.find(x)) >= 0]
-        return text[: min(places)] if places else None
+    def _add(self, row: _Row, token: int) -> Answer | None:
+        """Add a token to an answer; return the answer if that ends it."""
+        if token < 0 or token in self._stop_ids:
+            return Answer(self._text_of(row.ids), row.ids, "error" if token < 0 else "eos")
+        row.ids.append(token)
+        cut = self._stops.cut(row.ids)
+        if cut is not None:
+            return Answer(cut, row.ids, "stop")
+        if len(row.ids) == self._sampling.max_new_tokens:
+            return Answer(self._text_of(row.ids), row.ids, "length")
+        return None
 
 
-def grouped(lengths: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
+def grouped(
+    lengths: Sequence[int], max_new_tokens: int, *, equal: bool = False
+) -> Iterator[list[int]]:
     """Yield numbers of prompts by their lengths, longest first, as they may share a batch.
 
     One long prompt must not make the memory of all others as long: in a group, none needs less than
-    half of the longest one's columns.
+    half of the longest one's columns. With `equal`, all are of one length.
     """
     group: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if group:
-            most = lengths[group[0]] + sampling.max_new_tokens
-            if 2 * (lengths[number] + sampling.max_new_tokens) < most:
+            most, length = lengths[group[0]], lengths[number]
+            if 2 * (length + max_new_tokens) < most + max_new_tokens or (equal and length < most):
                 yield group
                 group = []
         group.append(number)
@@ -265,8 +318,8 @@ def _closed_up(rows: int, gone: Collection[int]) -> list[int]:
     return [next(moving) if place in gone else place for place in range(left)]
 
 
-def _surely_said(text: str, stop: Sequence[str]) -> str:
-    """Leave out a character that is not whole yet, and what may be the start of a stop string."""
-    text = text.rstrip("\ufffd")
-    held = max((n for x in stop for n in range(1, len(x)) if text.endswith(x[:n])), default=0)
-    return text[: len(text) - held]
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether memory did not suffice: what torch raises for it on CPU is any RuntimeError."""
+    said = str(error)
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return no_memory or "DefaultCPUAllocator" in said or "not enough memory" in said

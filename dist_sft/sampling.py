@@ -38,7 +38,7 @@ def uniforms(sampling: Sampling, row: int, sample: int) -> npt.NDArray[np.float6
     """Return a number in [0, 1) for each token of an answer: float64 [max_new_tokens].
 
     Philox is a counter-based generator: key and counter say which numbers come (Salmon et al.,
-    "Parallel Random Numbers: As Easy as 1, 2, 3", 2011).
+    "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). All three are from 0 to 2**63 - 1.
     """
     generator = np.random.Philox(key=[sampling.seed, row], counter=[0, 0, 0, sample])
     return np.random.Generator(generator).random(sampling.max_new_tokens)
@@ -47,7 +47,7 @@ def uniforms(sampling: Sampling, row: int, sample: int) -> npt.NDArray[np.float6
 def choose(
     logits: Tensor, sampling: Sampling, histories: Sequence[Sequence[int]], draws: Sequence[float]
 ) -> Tensor:
-    """Return the next token of each row: int64 [n].
+    """Return the next token of each row: int64 [n], -1 where logits are no numbers or infinite.
 
     logits [n, V]; `histories` are the tokens before it, prompt included, which the penalty is for;
     `draws` are one uniform number per row, not looked at where tokens are not drawn.
@@ -56,7 +56,8 @@ def choose(
     if sampling.repetition_penalty != 1.0:
         logits = penalized(logits, histories, sampling.repetition_penalty)
     if not sampling.temperature:
-        return logits.argmax(-1)
+        highest, tokens = logits.max(-1)  # NaN counts as higher than any number
+        return tokens.where(highest.isfinite(), -1)
     probabilities = distribution(logits, sampling)
     return drawn(probabilities, torch.tensor(draws, dtype=torch.float64, device=logits.device))
 
@@ -104,9 +105,13 @@ def _least_in_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """Return the token at which the cumulative probability exceeds each row's draw: int64 [n]."""
+    """Return the token at which the cumulative probability exceeds each row's draw: int64 [n].
+
+    -1 where the probabilities are no numbers.
+    """
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
     # Rounding could make the product as large as the total, where no token follows.
     below = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below, right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, below, right=True)
+    return tokens.where(total.isfinite(), -1)[:, 0]

@@ -19,14 +19,17 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class Slots:
-    """Room for the keys and values of `rows` rows of `columns` tokens."""
+    """Room for the keys and values of `rows` rows of `columns` tokens.
+
+    What rows need no more is forgotten by looking at later columns only; the columns in use are
+    moved to the front when the last one is full. The more there are to spare, the rarer that is.
+    """
 
     refills = True
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
         self.rows, self.columns = rows, columns
-        self.end = 0
-        """The column behind the newest token of every row."""
+        self._begin = self._end = 0  # the columns in use
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         self._layers = [_Layer(self) if isinstance(layer, PLAIN) else layer for layer in layers]
         self.cache = Cache(layers=self._layers)
@@ -37,42 +40,61 @@ class Slots:
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         return bool(layers) and all(type(layer) in (*PLAIN, DummyLayer) for layer in layers)
 
+    @property
+    def width(self) -> int:
+        """Return how many columns are in use."""
+        return self._end - self._begin
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._begin = self._end = 0
+
+    def trim(self, width: int, rows: int) -> None:
+        """Forget all but the newest `width` columns; make room for one more of `rows` rows."""
+        self._begin = self._end - width
+        if self._end == self.columns:
+            for buffer in self._buffers():
+                buffer[:rows, :, :width] = buffer[:rows, :, self._begin :].clone()
+            self._begin, self._end = 0, width
+
+    def grow(self, columns: int) -> None:
+        """Take the columns that a forward has written into use."""
+        self._end += columns
+
     def join(self, others: Slots, sources: list[int], at: int) -> None:
         """Copy rows of `others`, by their numbers, behind the first `at` rows."""
-        if not at:
-            self.end = others.end
-        index = torch.tensor(sources)
-        for mine, theirs in self._pairs(others):
-            mine[at : at + len(sources), :, self.end - others.end : self.end] = theirs[
-                index.to(theirs.device), :, : others.end
-            ]
+        places, first = slice(at, at + len(sources)), self._end - others.width
+        assert first >= self._begin
+        for mine, theirs in zip(self._buffers(), others._buffers(), strict=True):
+            # What a mask leaves out is multiplied by zero, and must not be a former row's NaN.
+            mine[places, :, self._begin : first] = 0
+            mine[places, :, first : self._end] = theirs[sources, :, : others.width]
 
     def keep(self, rows: list[int]) -> None:
-        """Leave only these rows, in this order; what is in its place stays there."""
-        for place, row in enumerate(rows):
-            if place != row:
-                for buffer in self._buffers():
-                    buffer[place, :, : self.end] = buffer[row, :, : self.end]
+        """Leave only these rows, in this order; none moves to a later place."""
+        self._copy([(place, row) for place, row in enumerate(rows)])
 
-    def shift(self, columns: int, rows: int) -> None:
-        """Forget the oldest columns of the first `rows` rows."""
+    def spread(self, rows: list[int]) -> None:
+        """Put these rows, several times each, in this order; none moves to an earlier place."""
+        self._copy([(place, row) for place, row in enumerate(rows)][::-1])
+
+    def _copy(self, moves: list[tuple[int, int]]) -> None:
+        used = slice(self._begin, self._end)
         for buffer in self._buffers():
-            buffer[:rows, :, : self.end - columns] = buffer[:rows, :, columns : self.end].clone()
-        self.end -= columns
+            for place, row in moves:
+                if place != row:
+                    buffer[place, :, used] = buffer[row, :, used]
 
     def _buffers(self) -> list[Tensor]:
-        return [
-            buffer
-            for layer in self._layers
-            if isinstance(layer, _Layer) and layer.keys is not None
-            for buffer in (layer.keys, layer.values)
-        ]
+        layers = [x for x in self._layers if isinstance(x, _Layer) and x.is_initialized]
+        return [buffer for layer in layers for buffer in (layer.keys, layer.values)]
 
-    def _pairs(self, others: Slots) -> list[tuple[Tensor, Tensor]]:
-        for mine, theirs in zip(self._layers, others._layers, strict=True):
-            if isinstance(mine, _Layer) and mine.keys is None and theirs.keys is not None:
-                mine.lazy_initialization(theirs.keys, theirs.values)
-        return list(zip(self._buffers(), others._buffers(), strict=True))
+    def write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        """Put new columns [n, heads, m, width] behind those in use; return a view of them all."""
+        rows, end = states.shape[0], self._end + states.shape[2]
+        assert end <= self.columns
+        buffer[:rows, :, self._end : end] = states
+        return buffer[:rows, :, self._begin : end]
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
@@ -93,18 +115,15 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write behind the end; return views of everything up to there."""
+        """Write behind the columns in use; return views of them all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, start = key_states.shape[0], self._slots.end
-        end = start + key_states.shape[2]
-        self.keys[:rows, :, start:end] = key_states
-        self.values[:rows, :, start:end] = value_states
-        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+        keys = self._slots.write(self.keys, key_states)
+        return keys, self._slots.write(self.values, value_states)
 
     def get_seq_length(self) -> int:
-        """Return the number of columns."""
-        return self._slots.end
+        """Return the number of columns in use."""
+        return self._slots.width
 
 
 class StockCache:
@@ -113,18 +132,27 @@ class StockCache:
     refills = False
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
-        self.columns, self.end = columns, 0
-        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._config = model.config.get_text_config(decoder=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.width = 0
+        self.cache = DynamicCache(config=self._config)
+
+    def trim(self, width: int, rows: int) -> None:
+        """Do nothing: it forgets nothing."""
+
+    def grow(self, columns: int) -> None:
+        """Count the columns that a forward has written."""
+        self.width += columns
 
     def join(self, others: StockCache, sources: list[int], at: int) -> None:
-        """Take the rows of others, by their numbers."""
-        assert not at, "it takes no rows beside others"
-        self.cache, self.end = others.cache, others.end
-        self.keep(sources)
+        """Refuse: it takes no rows beside others."""
+        raise NotImplementedError
 
     def keep(self, rows: list[int]) -> None:
         """Leave only these rows, in this order."""
         self.cache.reorder_cache(torch.tensor(rows))
 
-    def shift(self, columns: int, rows: int) -> None:
-        """Do nothing: without new rows none becomes longer than the first ones were."""
+    spread = keep

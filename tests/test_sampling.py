@@ -1,0 +1,212 @@
+"""Which token comes next: the right ones, as often as they should, with numbers of their own."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dist_sft.sampling import NUCLEUS, Sampling, choose, distribution, drawn, penalized, uniforms
+
+LARGEST = 2**63 - 1
+numbers = st.integers(0, LARGEST)
+patient = settings(deadline=None)  # what torch is asked for the first time takes long
+
+
+def random_logits(rows: int, size: int, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_greedy_takes_the_highest() -> None:
+    logits = random_logits(5, 40)
+    chosen = choose(logits, Sampling(1), [], [0.0] * 5)
+    assert chosen.tolist() == [int(row.argmax()) for row in logits]
+
+
+@patient
+@given(st.lists(st.tuples(numbers, numbers, numbers), min_size=2, max_size=6, unique=True))
+def test_no_two_answers_share_a_number(keys: list[tuple[int, int, int]]) -> None:
+    drawn = [uniforms(Sampling(50, seed=seed), row, sample) for seed, row, sample in keys]
+    assert len(set(np.concatenate(drawn).tolist())) == 50 * len(keys)
+
+
+def test_neighbouring_keys_share_no_number() -> None:
+    """A counter that another sample's counter runs into would show here."""
+    few = (0, 1, 2, LARGEST - 1, LARGEST)
+    drawn = [uniforms(Sampling(300, seed=s), r, n) for s, r, n in itertools.product(few, repeat=3)]
+    assert len(set(np.concatenate(drawn).tolist())) == 300 * 125
+
+
+def test_numbers_do_not_depend_on_how_many_are_asked_for() -> None:
+    few, many = (uniforms(Sampling(n, seed=LARGEST), LARGEST, 3) for n in (5, 500))
+    assert few.tolist() == many[:5].tolist()
+
+
+def test_numbers_are_uniform() -> None:
+    """Over rows, as one row's own are: the first number of each of many rows."""
+    first = np.array([uniforms(Sampling(1, seed=7), row, 0)[0] for row in range(4000)])
+    counts = np.histogram(first, bins=20, range=(0, 1))[0]
+    assert chi_square(counts, np.full(20, 1 / 20)) < CRITICAL[19]
+
+
+# Exceeded once in a million times where the probabilities are right.
+CRITICAL = {1: 23.9, 2: 27.6, 3: 30.7, 4: 33.4, 5: 35.9, 6: 38.3, 11: 48.9, 19: 64.6}
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    expected = probabilities * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+SETTINGS = {
+    "plain": Sampling(1, temperature=1.0),
+    "cold": Sampling(1, temperature=0.5),
+    "hot": Sampling(1, temperature=2.0),
+    "top_k": Sampling(1, temperature=1.0, top_k=4),
+    "top_p": Sampling(1, temperature=1.5, top_p=0.8),
+    "both": Sampling(1, temperature=2.0, top_k=7, top_p=0.9),
+}
+
+
+def expected(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Compute the probabilities as transformers would: [n, V], adding up to 1."""
+    ids = torch.zeros(len(logits), 1, dtype=torch.int64)
+    scores = TemperatureLogitsWarper(sampling.temperature)(ids, logits)
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(ids, scores)
+    if sampling.top_p < 1.0:
+        scores = TopPLogitsWarper(sampling.top_p)(ids, scores)
+    return scores.double().softmax(-1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_frequencies_are_the_probabilities(name: str) -> None:
+    """Of one row of logits, drawn with the numbers of 20000 rows."""
+    sampling, many = SETTINGS[name], 20_000
+    logits = random_logits(1, 12, seed=3) / 2
+    draws = [uniforms(sampling, row, 0)[0] for row in range(many)]
+    chosen = Counter(choose(logits.expand(many, -1), sampling, [], draws).tolist())
+    probabilities = expected(logits, sampling)[0].numpy()
+    possible = np.flatnonzero(probabilities)
+    assert set(chosen) <= set(possible.tolist())
+    counts = np.array([chosen[token] for token in possible])
+    assert chi_square(counts, probabilities[possible]) < CRITICAL[len(possible) - 1]
+    # The same test tells a wrong distribution from the right one.
+    wrong = expected(logits, Sampling(1, temperature=sampling.temperature * 1.5))[0].numpy()
+    wrong = wrong[possible] / wrong[possible].sum()
+    assert chi_square(counts, wrong) > CRITICAL[len(possible) - 1]
+
+
+@patient
+@given(
+    st.integers(2, 2 * NUCLEUS),
+    st.floats(0.1, 3.0),
+    st.integers(0, 2 * NUCLEUS),
+    st.floats(0.01, 0.98) | st.just(1.0),
+    st.integers(0, 2**31),
+)
+def test_top_k_and_top_p_are_those_of_transformers(
+    size: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    sampling = Sampling(1, temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = random_logits(3, size, seed)
+    theirs = expected(logits, sampling)
+    ours = distribution(logits, sampling).double()
+    ours /= ours.sum(-1, keepdim=True)
+    # The sums that top_p is compared with are rounded otherwise: a token at the border may differ.
+    assert ((ours > 0) != (theirs > 0)).sum(-1).max() <= 1
+    if torch.equal(ours > 0, theirs > 0):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_a_nucleus_larger_than_what_is_sorted_first() -> None:
+    logits = torch.zeros(2, 4 * NUCLEUS)
+    logits[:, : 2 * NUCLEUS] = torch.linspace(1.0, 0.9, 2 * NUCLEUS)
+    for top_p in (0.1, 0.5, 0.9):
+        sampling = Sampling(1, temperature=1.0, top_p=top_p)
+        stays = (distribution(logits, sampling) > 0).sum(-1)
+        probabilities = logits[0].double().softmax(-1)
+        before = probabilities.cumsum(0) - probabilities
+        count = int((before < top_p).sum())
+        # The last ones are all as probable as each other, and stay together.
+        assert stays.tolist() == [4 * NUCLEUS if count > 2 * NUCLEUS else count] * 2
+
+
+def test_equals_at_the_border_stay_whatever_their_order() -> None:
+    logits = torch.tensor([[2.0, 1.0, 1.0, 0.0], [1.0, 0.0, 2.0, 1.0]])
+    for sampling in (
+        Sampling(1, temperature=1.0, top_k=2),
+        Sampling(1, temperature=1.0, top_p=0.7),
+    ):
+        assert (distribution(logits, sampling) > 0).tolist() == (logits > 0.5).tolist()
+
+
+def test_the_penalty_is_that_of_transformers() -> None:
+    logits, histories = random_logits(3, 20), [[4, 4, 5], [1], [0, 19, 3, 0, 7]]
+    ours = penalized(logits, histories, 1.7)
+    for row, history in enumerate(histories):
+        theirs = RepetitionPenaltyLogitsProcessor(1.7)(
+            torch.tensor([history]), logits[row : row + 1].clone()
+        )
+        assert torch.equal(ours[row : row + 1], theirs)
+
+
+def test_the_penalty_changes_what_is_chosen() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]] * 2)
+    sampling = Sampling(1, repetition_penalty=2.0)
+    assert choose(logits, sampling, [[1], [0]], [0.0, 0.0]).tolist() == [2, 1]
+
+
+def test_a_draw_is_the_place_in_vocabulary_order() -> None:
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).expand(6, -1)
+    draws = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert drawn(probabilities, draws).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@patient
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 1e-12, 1 - 2**-53]))
+def test_the_outermost_draws_choose_a_possible_token(seed: int, draw: float) -> None:
+    sampling = Sampling(1, temperature=1.0, top_k=3)
+    logits = random_logits(4, 50, seed)
+    probabilities = distribution(logits, sampling)
+    chosen = choose(logits, sampling, [], [draw] * 4)
+    assert (probabilities.gather(1, chosen[:, None]) > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_choose_nothing(temperature: float, bad: float) -> None:
+    logits = random_logits(3, 10)
+    logits[1, 4] = bad
+    sampling = Sampling(1, temperature=temperature, top_k=5, top_p=0.9)
+    chosen = choose(logits, sampling, [], [0.5] * 3).tolist()
+    assert chosen[1] == -1
+    assert min(chosen[0], chosen[2]) >= 0
+
+
+def test_tokens_that_cannot_be_are_no_error() -> None:
+    """Models put -inf where a token is impossible."""
+    logits = random_logits(1, 10)
+    logits[0, 3:] = -torch.inf
+    for temperature in (0.0, 1.0):
+        assert 0 <= choose(logits, Sampling(1, temperature=temperature), [], [0.9]).item() < 3
+
+
+def test_half_precision_is_drawn_from_in_full() -> None:
+    """Probabilities of bfloat16 add up to anything between 0.9 and 1.1."""
+    logits = random_logits(1, 1000).bfloat16()
+    sampling = Sampling(1, temperature=1.0)
+    assert distribution(logits.float(), sampling).sum().item() == pytest.approx(1.0, abs=1e-5)
+    draw = 0.7
+    wanted = int((logits[0].double().softmax(-1).cumsum(0) > draw).nonzero()[0])
+    assert choose(logits, sampling, [], [draw]).item() == wanted
