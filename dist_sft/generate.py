@@ -19,7 +19,7 @@ import torch
 
 from dist_sft import inputs, merge, parts, rank_program, runs
 from dist_sft.answering import COLUMNS, Answerer
-from dist_sft.chat import Encoder
+from dist_sft.chat import BadRow, Encoder, parse
 from dist_sft.config import read_generation_config
 from dist_sft.console import Console
 from dist_sft.earlier import Earlier
@@ -39,6 +39,7 @@ from dist_sft.watchdog import Heart
 from dist_sft.weights import check_vocabulary, check_words, load, locate, ready
 from dist_sft.world import Place
 
+LOOKED_AT = 100  # rows of a source, of which one at least must have a prompt
 WEIGHTS = "weights"
 """Folder in the run's, for as long as it is not finished: a checkpoint's weights, converted."""
 
@@ -139,6 +140,7 @@ def prepare(
         check_vocabulary(located, tokens, words.new_tokens, recipe.template, "template")
         check_words(located, encoder, say, "template")
         room_for(recipe, located.words)
+        refuse_wrong_columns(recipe, rows)
         if recipe.output.path.lower().endswith(".parquet"):
             merge.check_columns(rows)
         merge.refuse_strange(run_dir, Path(recipe.output.path))
@@ -165,6 +167,21 @@ def load_encoder(recipe: GenerateRecipe, place: Path) -> tuple[Words, Encoder]:
     model = recipe.model.model_copy(update={"path": str(place), "revision": None})
     words = load_words(model, recipe.template, "template")
     return words, Encoder(words.template, words.tokenizer)
+
+
+def refuse_wrong_columns(recipe: GenerateRecipe, rows: Inputs) -> None:
+    """Raise UserError for a source of whose first rows none has a prompt in its columns."""
+    for number, source in enumerate(recipe.input):
+        problems: list[BadRow | None] = []
+        for row in rows.read(rows.first_of(number, LOOKED_AT)):
+            try:
+                if not isinstance(row, BadRow):
+                    parse(row, source.format, answered=False)
+                    problems.append(None)
+            except BadRow as error:
+                problems.append(error if error.reason == "wrong_columns" else None)
+        if problems and all(problems):
+            raise UserError(f"input.{number}.path={source.path}: {problems[0]}")
 
 
 def room_for(recipe: GenerateRecipe, words: Path) -> int | None:

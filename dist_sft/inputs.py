@@ -59,6 +59,11 @@ class Inputs:
         values = [json.loads(text[a - offsets[0] : b - offsets[0]]) for a, b in pairwise(offsets)]
         return [BadRow(*value) if isinstance(value, list) else value for value in values]
 
+    def first_of(self, source: int, rows: int) -> range:
+        """Return the numbers of the first so many rows of a source."""
+        start, end = self._starts[source : source + 2]
+        return range(start, min(end, start + rows))
+
     def source_of(self, row: int) -> int:
         """Return the number of the source that a row comes from."""
         return int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -60,7 +60,7 @@ def allowed(options: argparse.Namespace) -> list[str]:
 
 def is_finished(recipe: AnyRecipe) -> bool:
     """Tell whether there is nothing to do, and say so."""
-    if not runs.is_finished(recipe) or _input_changed(recipe):
+    if not runs.is_finished(recipe) or _has_changed(recipe):
         return False
     if recipe.job == "generate":
         print(f"{recipe.run_dir} is finished already: the answers are in {recipe.output.path}")
@@ -72,16 +72,26 @@ def is_finished(recipe: AnyRecipe) -> bool:
     return True
 
 
-def _input_changed(recipe: AnyRecipe) -> bool:
-    """Tell whether a finished generation run was made from other rows or another model."""
+def _has_changed(recipe: AnyRecipe) -> bool:
+    """Tell whether a finished generation run was made from other rows or another model.
+
+    Raises UserError where they are not there any more.
+    """
     if recipe.job != "generate":
         return False
     from dist_sft import parts
     from dist_sft.inputs import fingerprints
+    from dist_sft.locate import locate
     from dist_sft.paths import cache_folder
 
-    plan = parts.read_plan(Path(recipe.run_dir))
-    found = fingerprints(recipe.input, cache_folder(recipe.cache_dir))
+    plan, cache = parts.read_plan(Path(recipe.run_dir)), cache_folder(recipe.cache_dir)
+    found = fingerprints(recipe.input, cache)
+    if Path(recipe.model.path).exists():  # what is on the hub is fetched for a run alone
+        model = locate(
+            recipe.model.path, recipe.model.step, verify="size", trusting=True,
+            memo=cache / "digests", say=lambda line: None,
+        )  # fmt: skip
+        found["model"] = model.identity[:32]
     return plan is None or any(plan.facts.get(key) != value for key, value in found.items())
 
 
