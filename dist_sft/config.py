@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dist_sft import generate_recipe
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import GenerateRecipe
-from dist_sft.recipe_errors import explain
+from dist_sft.recipe_errors import did_you_mean, explain
 from dist_sft.recipe_yaml import read_tree
 from dist_sft.sections import (
     Count,
@@ -90,8 +90,15 @@ class Model(Section):
 class Source(RowSource):
     """One place that examples come from."""
 
+    name: str | None = None
+    """Name in logs and metrics; by default the file's name."""
     weight: PositiveNumber = 1.0
     """Passes over this source per epoch: 1.0 every row once, 0.5 half of them, 2.0 twice."""
+
+    @property
+    def label(self) -> str:
+        """Return the name that logs and metrics use."""
+        return self.name or Path(self.path).stem
 
 
 class Data(Section):
@@ -328,10 +335,14 @@ def read_config_json(run_dir: str | Path) -> AnyRecipe:
 
 def check(tree: dict[str, Any], origin: str) -> AnyRecipe:
     """Turn a plain tree into a recipe; raise UserError that lists every mistake."""
-    job = tree.get("job", "train")
+    job = tree.get("job", "train") if isinstance(tree, dict) else "train"
     kind = JOBS.get(job) if isinstance(job, str) else None
     if kind is None:
-        raise UserError(f"1 mistake in {origin}:\n  job: got {job!r}; allowed: {', '.join(JOBS)}")
+        words = " or ".join(map(repr, JOBS))
+        raise UserError(
+            f"1 mistake in {origin}:\n  job: got {job!r}; allowed: {words}"
+            f"{did_you_mean(str(job), list(JOBS))}"
+        )
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

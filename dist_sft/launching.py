@@ -108,10 +108,11 @@ def launch_of(
     told |= {
         "overrides": options.overrides,
         "allow_change": allowed(options),
-        "reuse_unchanged": options.reuse_unchanged,
         "trust_checkpoint": options.trust_checkpoint,
         "restarts": options.restarts,
     }
+    if options.reuse_unchanged:
+        told["reuse_unchanged"] = True
     return runs.Launch(launcher, nodes, workers_per_node, told, runs.code_revision())
 
 

@@ -358,8 +358,8 @@ def explain_exit(code: int) -> str:
     if code == -signal.SIGKILL:
         what += (
             ", killed from outside: by a person, or by the kernel because the machine ran out of "
-            "memory (see `dmesg`): then try fewer workers, a smaller "
-            "train.tokens_per_micro_batch, or deepspeed: zero3"
+            "memory (see `dmesg`): then try fewer workers; a smaller train.tokens_per_micro_batch, "
+            "or deepspeed: zero3; for generation a smaller generate.batch_tokens"
         )
     return what
 

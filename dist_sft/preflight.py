@@ -107,18 +107,17 @@ def named_gpus(visible: str) -> list[str]:
 def _paths(recipe: AnyRecipe) -> Iterator[tuple[str, str, str]]:
     """Yield dotted key, value and what is allowed."""
     rows = f"a {', '.join(FILE_TYPES)} file, a folder written by Dataset.save_to_disk, a hub name"
-    templates = "human-assistant, alpaca, chatml, tokenizer, a Jinja file"
     sources: Mapping[str, Sequence[RowSource]]
     if isinstance(recipe, Recipe):
         sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
-        yield "data.template", recipe.data.template, templates
+        template, run = ("data.template", recipe.data.template), "a finished run folder"
     else:
-        sources = {"input": recipe.input}
-        yield "template", recipe.template, templates
+        sources, template, run = {"input": recipe.input}, ("template", recipe.template), "a run"
     for key, listed in sources.items():
         for number, source in enumerate(listed):
             yield f"{key}.{number}.path", source.path, rows
-    model = "a folder with config.json and safetensors weights, a run folder, a hub name"
+    yield *template, "human-assistant, alpaca, chatml, tokenizer, a Jinja file"
+    model = f"a folder with config.json and safetensors weights, {run}, a hub name"
     if recipe.model.path is not None:
         yield "model.path", recipe.model.path, model
     if recipe.model.tokenizer is not None:

@@ -68,6 +68,40 @@ FOREIGN = {
     "nproc_per_node": "nothing: give the launcher --workers N",
     "group_by_length": "nothing: batches are laid out without padding",
 }
+# The same for generation: names of generate(), vLLM, and of other programs' recipes.
+FOREIGN_GENERATE = {
+    "max_tokens": "generate.max_new_tokens",
+    "max_length": "generate.max_new_tokens, which counts the answer alone",
+    "max_new_tokens": "generate.max_new_tokens",
+    "do_sample": "generate.temperature: 0 takes the most probable token, above it draws",
+    "temperature": "generate.temperature",
+    "top_p": "generate.top_p",
+    "top_k": "generate.top_k",
+    "repetition_penalty": "generate.repetition_penalty",
+    "num_return_sequences": "generate.num_samples",
+    "n": "generate.num_samples",
+    "best_of": "generate.num_samples",
+    "num_beams": "nothing: answers are the most probable token by token, or drawn",
+    "stop_strings": "generate.stop",
+    "stop_sequences": "generate.stop",
+    "batch_size": "generate.batch_tokens: tokens in memory at once, prompts and answers",
+    "per_device_eval_batch_size": "generate.batch_tokens",
+    "gpu_memory_utilization": "generate.batch_tokens: tokens in memory at once",
+    "backend": "generate.engine: hf or vllm",
+    "output_dir": "run_dir for the run, output.path for the answers",
+    "output_path": "output.path",
+    "output_file": "output.path",
+    "dataset": "input: [{path: ...}]",
+    "dataset_name": "input: [{path: ...}]",
+    "data": "input: [{path: ...}]",
+    "prompts": "input: [{path: ...}]",
+    "model_name_or_path": "model.path",
+    "torch_dtype": "model.dtype",
+    "checkpoint": "model.step: newest, best or a number",
+    "chat_template": "template",
+    "resume": "nothing: the same command again continues the run",
+    "workers": "nothing: give the launcher --workers N",
+}
 _PER_DEVICE = ("per_device_train_batch_size", "micro_batch_size")
 _ACCUMULATION = "gradient_accumulation_steps"
 
@@ -154,10 +188,10 @@ def _example_key(path: list[str | int], recipe: type[BaseModel]) -> str:
 
 def _near(given: object, context: Mapping[str, Any]) -> str:
     words = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
-    return _did_you_mean(str(given).lower(), words)
+    return did_you_mean(str(given).lower(), words)
 
 
-def _did_you_mean(name: str, allowed: list[str]) -> str:
+def did_you_mean(name: str, allowed: list[str]) -> str:
     """Ask for the word that is an abbreviation of the other one, or looks alike."""
     short = [
         word
@@ -174,13 +208,15 @@ def _instead(
 ) -> str:
     """Say which key was meant; what other programs call it goes before what looks alike."""
     name = str(path[-1])
-    if name in _PER_DEVICE or name == _ACCUMULATION:
+    trains = "train" in recipe.model_fields
+    if trains and (name in _PER_DEVICE or name == _ACCUMULATION):
         return _batch_advice(path, tree)
-    if name in FOREIGN:
-        return f"; in dist_sft this is {_with_value(FOREIGN[name], given)}"
+    foreign = FOREIGN if trains else FOREIGN_GENERATE
+    if name in foreign:
+        return f"; in dist_sft this is {_with_value(foreign[name], given)}"
     allowed = _known_keys(path[:-1], recipe)
     elsewhere = [full for full in _all_keys(recipe) if full.rsplit(".", 1)[-1] == name]
-    question = _did_you_mean(name, allowed) or (elsewhere and f" (did you mean {elsewhere[0]!r}?)")
+    question = did_you_mean(name, allowed) or (elsewhere and f" (did you mean {elsewhere[0]!r}?)")
     return question or f"; allowed: {', '.join(allowed)}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -39,17 +38,10 @@ class RowSource(Section):
 
     path: PathText
     """JSON, JSONL, CSV or Parquet file, a folder of `Dataset.save_to_disk`, or a hub name."""
-    name: str | None = None
-    """Name in logs and metrics; by default the file's name."""
     split: str = "train"
     """Split of a hub data set or saved DatasetDict."""
     format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = "auto"
     """How a row is laid out; auto looks at the columns."""
-
-    @property
-    def label(self) -> str:
-        """Return the name that logs and metrics use."""
-        return self.name or Path(self.path).stem
 
 
 class Watchdog(Section):

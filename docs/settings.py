@@ -6,14 +6,16 @@ from typing import Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dist_sft.config import Recipe
+from dist_sft.config import GenerateRecipe, Recipe
 from dist_sft.recipe_errors import section_of
 
 HEADER = """# Every setting of a recipe
 
-Made by `make docs` from the docstrings in `dist_sft/config.py` and `dist_sft/zero.py`.
-A setting is written in YAML under its section, or given as `dotted.key=value` on the command line.
+Made by `make docs` from the docstrings in `dist_sft/config.py`, `generate_recipe.py`,
+`sections.py` and `zero.py`. A setting is written in YAML under its section, or given as
+`dotted.key=value` on the command line.
 """
+HEADINGS = {"Training": Recipe, "Generation (`job: generate`)": GenerateRecipe}
 
 
 def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -22,7 +24,7 @@ def rows(section: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         many = inner is not None and "tuple" in str(field.annotation)
-        if inner and inner.__module__ == "dist_sft.config":
+        if inner and inner.__module__ != "dist_sft.zero":
             lines += rows(inner, f"{prefix}{name}.{'N.' if many else ''}")
             continue
         default = "required" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
@@ -50,8 +52,11 @@ def shown(value: object) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    table = ["| setting | default | meaning |", "| --- | --- | --- |", *rows(Recipe)]
-    return HEADER + "\n" + "\n".join(table) + "\n"
+    lines = [HEADER]
+    for heading, recipe in HEADINGS.items():
+        table = ["| setting | default | meaning |", "| --- | --- | --- |", *rows(recipe)]
+        lines += [f"## {heading}", "", *table, ""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

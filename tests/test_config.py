@@ -83,7 +83,10 @@ def recipe(**settings: Any) -> Recipe:
             "optimizer.schedule: got 'const'; allowed: 'constant', 'linear' or 'cosine' "
             "(did you mean 'constant'?)",
         ),
-        ({"job": "trian"}, "job: got 'trian'; allowed: 'train' (did you mean 'train'?)"),
+        (
+            {"job": "trian"},
+            "job: got 'trian'; allowed: 'train' or 'generate' (did you mean 'train'?)",
+        ),
         ({"deterministic": "maybe"}, "deterministic: got 'maybe'; allowed: true or false"),
         ({"deterministic": []}, "deterministic: got []; allowed: true or false"),
         ({"threads_per_worker": 0}, "threads_per_worker: got 0; allowed: 'auto' or 1 or more"),
