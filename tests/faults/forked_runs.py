@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 120.0
 PAUSE = 0.001
 IMPORTED_LATE = (
+    "dist_sft.generate",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
     "matplotlib.figure",
@@ -57,13 +58,15 @@ class Way:
 class Group:
     """The ranks of one attempt."""
 
-    def __init__(self, warm: Warm, run_dir: Path, attempt: int, world: int, way: Way) -> None:
+    def __init__(
+        self, warm: Warm, run_dir: Path, attempt: int, world: int, way: Way, job: str = "train"
+    ) -> None:
         self.run_dir, self.attempt, self.world = run_dir, attempt, world
         self.notes = notes_of(run_dir, attempt)
         self.notes.mkdir(parents=True)
         self._warm = warm
         self.pids: list[int] = warm.ask(
-            do="start", run_dir=str(run_dir), attempt=attempt, world=world,
+            do="start", run_dir=str(run_dir), attempt=attempt, world=world, job=job,
             notes=str(self.notes), way=way.__dict__,
         )["pids"]  # fmt: skip
 
@@ -76,6 +79,16 @@ class Group:
         """Send SIGKILL to the whole group; tell whether every rank was alive and died of it."""
         codes = self._warm.ask(do="kill", pids=self.pids)["codes"]
         return bool(codes == [-signal.SIGKILL] * self.world)
+
+    def kill_one(self, rank: int) -> bool:
+        """Send SIGKILL to one rank; tell whether it was alive and died of it."""
+        if self.codes()[rank] is not None:
+            return False
+        os.kill(self.pids[rank], signal.SIGKILL)  # not reaped yet, so the number is its own
+        deadline = time.monotonic() + SECONDS
+        while (code := self.codes()[rank]) is None and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+        return code == -signal.SIGKILL
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         """Wait for something that happens while all ranks are alive."""
@@ -172,16 +185,16 @@ class Warm:
         content: dict[str, Any] = json.loads(answer)
         return content
 
-    def start(self, recipe: Path, world: int, way: Way = Way()) -> Group:
+    def start(self, recipe: Path, world: int, way: Way = Way(), job: str = "train") -> Group:
         """Prepare the run folder as the launcher does, and start the ranks of its next attempt."""
-        prepared = local.main(["train", str(recipe), "--workers", str(world), "--prepare"])
+        prepared = local.main([job, str(recipe), "--workers", str(world), "--prepare"])
         assert prepared == runs.FINISHED
         run_dir = recipe.with_suffix("")
-        return Group(self, run_dir, runs.start_attempt(run_dir), world, way)
+        return Group(self, run_dir, runs.start_attempt(run_dir), world, way, job)
 
-    def run(self, recipe: Path, world: int, way: Way = Way()) -> Path:
+    def run(self, recipe: Path, world: int, way: Way = Way(), job: str = "train") -> Path:
         """Run the next attempt to its end; return the run folder."""
-        group = self.start(recipe, world, way)
+        group = self.start(recipe, world, way, job)
         group.finish()
         assert runs.is_finished(read_config_json(group.run_dir))
         return group.run_dir
@@ -272,9 +285,25 @@ def rank_main(train: Any, order: dict[str, Any], rank: int, port: int) -> int:
     output = os.open(Path(order["notes"]) / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):  # the old ones belong to the conversation with the test
         os.dup2(output, descriptor)
+    if order["job"] == "generate":
+        return answer_slowly(order)
     instrument(train, order, rank)
     code: int = train.rank_program.run(train.train, Path(order["run_dir"]), order["attempt"])
     return code
+
+
+def answer_slowly(order: dict[str, Any]) -> int:
+    """Be a worker of a generation run."""
+    from dist_sft import generate, progress, rank_program
+
+    tick = progress.Progress.tick
+
+    def slowly(self: Any, *told: int) -> None:
+        time.sleep(order["way"]["seconds_per_step"])
+        tick(self, *told)
+
+    progress.Progress.tick = slowly  # type: ignore[method-assign]
+    return rank_program.run(generate.generate, Path(order["run_dir"]), order["attempt"])
 
 
 def main() -> None:
