@@ -6,7 +6,6 @@ the run folder: the plan, who has begun a part, and the parts that are finished.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,8 +39,6 @@ from dist_sft.weights import check_vocabulary, check_words, load, locate, ready
 from dist_sft.world import Place
 
 LOOKED_AT = 100  # rows of a source, of which one at least must have a prompt
-WEIGHTS = "weights"
-"""Folder in the run's, for as long as it is not finished: a checkpoint's weights, converted."""
 
 
 def generate(run_dir: Path, attempt: int, console: Console) -> Outcome:
@@ -104,7 +101,6 @@ def generate(run_dir: Path, attempt: int, console: Console) -> Outcome:
         )
         console.say(f"this attempt took {took}, {view.tokens_per_second:,.0f} tokens/s")
         console.say(f"finished {run_dir}: the answers are in {recipe.output.path}")
-        shutil.rmtree(run_dir / WEIGHTS, ignore_errors=True)
         return Outcome(runs.FINISHED, "finished", plan.parts)
 
 
@@ -131,7 +127,9 @@ def prepare(
     )
     folder = located.folder
     if located.checkpoint:
-        folder = run_dir / WEIGHTS / f"{located.identity[:16]}-{str(dtype).removeprefix('torch.')}"
+        folder = (
+            run_dir / parts.WEIGHTS / f"{located.identity[:16]}-{str(dtype).removeprefix('torch.')}"
+        )
     found = {"inputs": str(index), "words": str(located.words), "model": str(folder)}
     if first:
         rows = Inputs(index)

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from dist_sft import lease, process, roll_call, runs
+from dist_sft import lease, parts, process, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.preflight import named_gpus
@@ -189,6 +189,8 @@ def run(run_dir: Path, attempt: int, nodes: int | None = None) -> int:
                     runs.write_outcome(run_dir, attempt, outcome)
             elif outcome.code != runs.STOPPED:
                 ended.report_silence(run_dir, attempt, outcome)
+    if outcome.code == runs.FINISHED and group.node_rank == 0:
+        parts.clean_up(run_dir)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
     if outcome.code == runs.STOPPED:

@@ -7,6 +7,7 @@ whole by one worker: that is why its bytes do not depend on how many workers the
     RUN_DIR/parts/part-00000/         a finished part; others have a dot first
         rows.jsonl                    its output rows
         manifest.json                 their keys, counts and SHA-256
+    RUN_DIR/weights/                  a checkpoint's weights, converted, until the run is finished
     RUN_DIR/logs/attempt-N/claims/    a file per part that a worker of this attempt has begun
 """
 
@@ -34,6 +35,8 @@ SMALLEST = 64  # fewer leave places in a batch empty
 SPREAD = 8  # parts that a small input is cut into, so that workers can share it
 NAME = re.compile(r"part-(\d+)")
 FAILURES_LISTED = 20
+WEIGHTS = "weights"
+"""Folder in the run's: a checkpoint's weights, converted once for all workers."""
 
 
 @dataclass(frozen=True)
@@ -271,3 +274,8 @@ def set_aside(run_dir: Path, part: int) -> None:
     """Take its name from a damaged part, so that it is answered again."""
     folder = folder_of(run_dir, part)
     folder.rename(folder.with_name(f".{folder.name}.damaged-{os.urandom(4).hex()}"))
+
+
+def clean_up(run_dir: Path) -> None:
+    """Remove what a finished run needs no more; call it when all workers have ended."""
+    shutil.rmtree(run_dir / WEIGHTS, ignore_errors=True)

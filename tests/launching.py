@@ -23,29 +23,33 @@ def write(recipe: dict[str, Any], run_dir: Path) -> Path:
     return path
 
 
-def start(recipe: Path, *overrides: str, workers: int = 2) -> subprocess.Popen[str]:
+def start(
+    recipe: Path, *overrides: str, workers: int = 2, job: str = "train"
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "launch/local.py", "train", str(recipe), *overrides,
+        [sys.executable, "launch/local.py", job, str(recipe), *overrides,
          "--workers", str(workers)],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")},
     )  # fmt: skip
 
 
-def run(recipe: Path, *overrides: str, workers: int = 2) -> tuple[int, str, str]:
+def run(
+    recipe: Path, *overrides: str, workers: int = 2, job: str = "train"
+) -> tuple[int, str, str]:
     """Return (exit code, stdout, stderr)."""
-    process = start(recipe, *overrides, workers=workers)
+    process = start(recipe, *overrides, workers=workers, job=job)
     out, err = process.communicate(timeout=SECONDS)
     return process.returncode, out, err
 
 
-def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+def ranks_of(launcher: subprocess.Popen[str], job: str = "train") -> list[psutil.Process]:
     """Return the processes of the ranks, as soon as torchrun has started them."""
     found = []
     for process in psutil.Process(launcher.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             command = process.cmdline()
-            if "dist_sft.train" in command and "dist_sft.deaf_torchrun" not in command:
+            if f"dist_sft.{job}" in command and "dist_sft.deaf_torchrun" not in command:
                 found.append(process)
     return found
 
