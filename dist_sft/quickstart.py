@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dist_sft import local, quickstart_data, runs
 from dist_sft.config import Recipe, read_training
+from dist_sft.console import printable
 
 RECIPE = Path("configs/quickstart.yaml")
 DATA = Path("data/quickstart")
@@ -60,11 +61,6 @@ def show(rows: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequen
     for skill, score in new_scores.items():
         scores.add_row(skill, f"{old_scores[skill]:.0%}", f"{score:.0%}")
     console.print(scores)
-
-
-def printable(text: str) -> str:
-    """Replace what no terminal can show: a model with random weights says anything."""
-    return "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
