@@ -235,6 +235,16 @@ class Encoder:
         input_ids, _ = self._assemble(pieces, ids_of, frozenset())
         return input_ids
 
+    def expected(self, conversation: Conversation) -> str:
+        """Return what the last turn, an assistant's, says, as it is learned, without its end.
+
+        Raises as `encode` does.
+        """
+        *before, last = conversation.turns
+        whole = conversation._replace(turns=(*before, last._replace(learned=True)))
+        answers = self._render(0, whole).answers
+        return answers[max(answers)]
+
     def encode(
         self, rows: Sequence[Mapping[str, Any]], format: str = "auto", *, first_row: int = 0
     ) -> list[Outcome]:
