@@ -20,6 +20,7 @@ from dist_sft.rows import FORMATS, Conversation, ToolCall, Turn, parse
 from dist_sft.templates import (
     IM_END,
     IM_START,
+    TEMPLATES,
     ChatML,
     MaskError,
     Piece,
@@ -57,7 +58,6 @@ __all__ = [
 ]
 
 IGNORE = -100
-TEMPLATES = ("human-assistant", "alpaca", "chatml", "tokenizer")
 ENCODING_VERSION = 1
 PROBES = (
     "Name the capital of France.\n\nIt is Paris: 1,234.50 of 67890 (89 %)!",

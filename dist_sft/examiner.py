@@ -1,7 +1,7 @@
 """Evaluate a model in training by its answers: exact matches, and samples to read.
 
 All ranks answer the same prompts together, for ZeRO-3 gathers weights layer by layer from all of
-them: each takes rank 0's tokens, and any of them may ask to stop, after each token.
+them: each takes rank 0's tokens, and any of them may ask to stop.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ from dist_sft.runs import write_atomically
 from dist_sft.step import explaining_memory
 
 FOLDER = "samples"
+LOOKS_EVERY = 8  # tokens; whether to stop is asked of a file, on a file system that may be slow
 
 
 class StopAsked(Exception):
@@ -34,12 +36,12 @@ class StopAsked(Exception):
 class Sharded:
     """A model in training as a `Decoder` sees a model."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, device: torch.device) -> None:
         self._module = engine.module
         # DistributedDataParallel would send buffers around in every forward.
         self._call = engine if isinstance(engine, ZeroEngine) else engine.module
         self.forward, self.config = engine.module.forward, engine.module.config
-        self.device = engine.module.device
+        self.device = device  # where it computes: ZeRO-3 may keep weights elsewhere
 
     @property
     def training(self) -> bool:
@@ -68,17 +70,24 @@ class Examiner:
         self._max_new_tokens, self._batch_tokens = max_new_tokens, batch_tokens
 
     def examine(
-        self, engine: Engine, stopping: Callable[[], bool], beat: Callable[[str], None]
+        self,
+        engine: Engine,
+        device: torch.device,
+        stopping: Callable[[], bool],
+        beat: Callable[[str], None],
     ) -> list[Answer] | None:
         """Return the answers; None where a stop cut them short. Training goes on as before.
 
-        `stopping` agrees with the other ranks whether to stop; it is called for every token.
+        `stopping` agrees with the other ranks whether to stop, every few tokens.
         """
+        count = 0
 
         def agree(tokens: Tensor) -> Tensor:
+            nonlocal count
             beat("evaluation")
-            if stopping():
+            if count % LOOKS_EVERY == 0 and stopping():
                 raise StopAsked
+            count += 1
             dist.broadcast(tokens, src=0)
             return tokens
 
@@ -87,7 +96,7 @@ class Examiner:
             try:
                 with explaining_memory(work="answering eval.prompts", advice=advice):
                     return ask(
-                        cast(PreTrainedModel, Sharded(engine)),
+                        cast(PreTrainedModel, Sharded(engine, device)),
                         self._prompts.ids,
                         self._encoder.stop_ids,
                         self._text_of,

@@ -216,7 +216,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 losses[name] = finite(value)
             found: dict[str, Any] = {"eval_loss": losses} if losses else {}
             if examiner:
-                answers = examiner.examine(engine, lambda: agree([]).stopping, heart.beat)
+                answers = examiner.examine(
+                    engine, place.device, lambda: agree([]).stopping, heart.beat
+                )
                 if answers is None:
                     return None
                 found["exact_match"] = examiner.score(answers)

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from cells import DEVICE, Run, own_state
 
 from dist_sft.asking import Prompts
-from dist_sft.examiner import Examiner
+from dist_sft.examiner import LOOKS_EVERY, Examiner
 from dist_sft.step import agree_on_step
 
 STEPS = 4
-STOPS_AT = 3  # tokens after which the last rank wants to stop
+STOPS_AT = LOOKS_EVERY + 1  # the token before which the last rank wants to stop
 
 
 def train(job: SimpleNamespace, cell: SimpleNamespace, *, asking: bool) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def train(job: SimpleNamespace, cell: SimpleNamespace, *, asking: bool) -> dict[
             mine = len(beats) == stops_at and dist.get_rank() == dist.get_world_size() - 1
             return agree_on_step([], DEVICE, stopping=mine).stopping
 
-        answers = examiner.examine(run.engine, stopping, beats.append)
+        answers = examiner.examine(run.engine, DEVICE, stopping, beats.append)
         asked.append(answers and [answer.ids for answer in answers])
         assert run.engine.module.training
         assert run.engine.module.config._attn_implementation == attention
