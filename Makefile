@@ -6,7 +6,7 @@ SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
 
-.PHONY: quickstart install test test-core test-faults test-clusters test-gpu lint docs bench clean
+.PHONY: quickstart install test test-core test-faults test-clusters test-gpu lint docs bench bench-generate clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dist_sft.quickstart --workers 2
@@ -51,6 +51,9 @@ models/smollm2-135m: install
 
 bench: install models/smollm2-135m
 	$(BIN)/python benchmarks/train_speed.py --rows $(ROWS)
+
+bench-generate: install models/smollm2-135m
+	$(BIN)/python benchmarks/generate_speed.py --rows $(ROWS)
 
 docs: install
 	$(BIN)/python docs/settings.py > docs/settings.md

@@ -20,6 +20,7 @@ from dist_sft.rows import FORMATS, Conversation, ToolCall, Turn, parse
 from dist_sft.templates import (
     IM_END,
     IM_START,
+    TEMPLATES,
     ChatML,
     MaskError,
     Piece,
@@ -57,7 +58,6 @@ __all__ = [
 ]
 
 IGNORE = -100
-TEMPLATES = ("human-assistant", "alpaca", "chatml", "tokenizer")
 ENCODING_VERSION = 1
 PROBES = (
     "Name the capital of France.\n\nIt is Paris: 1,234.50 of 67890 (89 %)!",
@@ -234,6 +234,16 @@ class Encoder:
         ids_of = self._encode_texts(piece.text for piece in pieces if not piece.control)
         input_ids, _ = self._assemble(pieces, ids_of, frozenset())
         return input_ids
+
+    def expected(self, conversation: Conversation) -> str:
+        """Return what the last turn, an assistant's, says, as it is learned, without its end.
+
+        Raises as `encode` does.
+        """
+        *before, last = conversation.turns
+        whole = conversation._replace(turns=(*before, last._replace(learned=True)))
+        answers = self._render(0, whole).answers
+        return answers[max(answers)]
 
     def encode(
         self, rows: Sequence[Mapping[str, Any]], format: str = "auto", *, first_row: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_sft import __version__, run_commands
+from dist_sft import __version__, chat_command, run_commands
 from dist_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_verify_resume(commands)
     run_commands.add(commands)
+    chat_command.add(commands)
     return result
 
 

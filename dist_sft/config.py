@@ -43,7 +43,7 @@ MAY_CHANGE = frozenset(
         "train.max_skipped_steps",
         "model.gradient_checkpointing",
         "checkpoint",
-        "eval.every",
+        "eval",
         "trackers",
         "watchdog",
     }
@@ -217,10 +217,15 @@ class Checkpoint(Section):
 
 
 class Eval(Section):
-    """When the evaluation sets are looked at."""
+    """When the evaluation sets are looked at, and prompts answered."""
 
     every: Positive | None = None
     """Steps between evaluations; null: only at the end."""
+    prompts: PathText | None = None
+    """Rows with answers, in a file as for `data.eval`: every evaluation answers them greedily and
+    counts how many answers are exact. What is answered is in `RUN_DIR/samples`."""
+    max_new_tokens: Positive = 64
+    """Longest answer to `prompts`, in tokens."""
 
 
 class Recipe(Job):
@@ -255,11 +260,14 @@ class Recipe(Job):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        if self.eval.every and not (self.data.eval or self.data.eval_fraction):
+        evaluates = self.data.eval or self.data.eval_fraction or self.eval.prompts
+        if self.eval.every and not evaluates:
             raise ValueError(
                 "eval.every is set but there is nothing to evaluate: "
-                "set data.eval or data.eval_fraction"
+                "set data.eval, data.eval_fraction or eval.prompts"
             )
+        if self.eval.prompts is None and self.eval.max_new_tokens != Eval().max_new_tokens:
+            raise ValueError("eval.max_new_tokens has no effect without eval.prompts")
         if self.model.revision is not None and self.model.path is None:
             raise ValueError("model.revision is for a model.path on the hub, and there is none")
         if self.optimizer.min_lr_ratio and self.optimizer.schedule == "constant":

@@ -114,3 +114,8 @@ class Console:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def printable(text: str, also: str = "") -> str:
+    """Replace what no terminal can show, or what could steer it: a model says anything."""
+    return "".join(c if (c.isprintable() and c != "\ufffd") or c in also else "·" for c in text)

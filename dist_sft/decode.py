@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -154,8 +154,8 @@ class Decoder:
         return [answers[number] for number in range(len(requests))]
 
     @torch.no_grad()  # as a decorator it is left at every yield
-    def stream(self, request: Request) -> Iterator[str]:
-        """Yield the answer to one prompt in pieces of text, as they come.
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
+        """Yield the answer to one prompt in pieces of text, as they come; return it in the end.
 
         Together they are its text, as long as what the model says is Unicode: with some tokenizers
         a broken character makes those before it broken, too, and they have been yielded then.
@@ -172,7 +172,7 @@ class Decoder:
                 yield text[len(said) :]
                 said = text
             if answer:
-                return
+                return answer
             logits = self._step(memory, [row])
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from dist_sft.digests import remembered_sha256
 from dist_sft.errors import UserError
 from dist_sft.manifest import Level
 from dist_sft.paths import is_local, near_matches
+from dist_sft.templates import TEMPLATES
 
 Step = Literal["newest", "best"] | int
 
@@ -69,7 +70,7 @@ class Located:
         name = self.facts.get("template")
         if name is None and self.run is not None:
             name = _config(self.run).get("data", {}).get("template")
-        if name is None or not is_local(name) or Path(name).is_file():
+        if name is None or name in TEMPLATES or Path(name).is_file():
             return name
         return "tokenizer"
 

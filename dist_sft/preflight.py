@@ -111,6 +111,8 @@ def _paths(recipe: AnyRecipe) -> Iterator[tuple[str, str, str]]:
     if isinstance(recipe, Recipe):
         sources = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
         template, run = ("data.template", recipe.data.template), "a finished run folder"
+        if recipe.eval.prompts is not None:
+            yield "eval.prompts", recipe.eval.prompts, rows
     else:
         sources, template, run = {"input": recipe.input}, ("template", recipe.template), "a run"
     for key, listed in sources.items():

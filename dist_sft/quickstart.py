@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dist_sft import local, quickstart_data, runs
 from dist_sft.config import Recipe, read_training
+from dist_sft.console import printable
 
 RECIPE = Path("configs/quickstart.yaml")
 DATA = Path("data/quickstart")
@@ -23,25 +24,24 @@ BATCH_TOKENS = 8192
 SHOWN = 1  # prompts shown per skill
 
 
-def ask(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+def answers_of(recipe: Recipe, model_folder: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Answer rows with a model, greedily."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from dist_sft.asking import ask
     from dist_sft.chat import Encoder, parse
-    from dist_sft.decode import Decoder, Request
-    from dist_sft.sampling import Sampling
     from dist_sft.tokenizer import load_words
+    from dist_sft.weights import load
 
     logging.disable_progress_bar()
     words = load_words(recipe.model, recipe.data.template)
-    encoder = Encoder(words.template, words.tokenizer, max_length=None, overlong="error")
+    encoder = Encoder(words.template, words.tokenizer)
     prompts = [encoder.prompt(parse(row)) for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
-    decoder = Decoder(model, encoder.stop_ids, sampling, words.tokenizer.decode)
-    return [said.text for said in decoder.answer([Request(p) for p in prompts], BATCH_TOKENS)]
+    model = load(model_folder, torch.float32, torch.device("cpu"))
+    decode = words.tokenizer.decode
+    answers = ask(model, prompts, encoder.stop_ids, decode, MAX_NEW_TOKENS, BATCH_TOKENS)
+    return [answer.text for answer in answers]
 
 
 def show(rows: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequence[str]) -> None:
@@ -62,11 +62,6 @@ def show(rows: Sequence[Mapping[str, str]], before: Sequence[str], after: Sequen
     console.print(scores)
 
 
-def printable(text: str) -> str:
-    """Replace what no terminal can show: a model with random weights says anything."""
-    return "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the quickstart; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dist_sft.quickstart", description=__doc__)
@@ -79,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = read_training(RECIPE)
     run_dir = Path(recipe.run_dir)
     rows = quickstart_data.make_rows(seed=0).held_out
-    before, after = (ask(recipe, run_dir / name, rows) for name in ("initial", "model"))
+    before, after = (answers_of(recipe, run_dir / name, rows) for name in ("initial", "model"))
     show(rows, before, after)
     print(f"run folder: {run_dir}\nloss curve: {run_dir / 'loss.png'}")
     return runs.FINISHED

@@ -143,10 +143,16 @@ def summed(values: Sequence[Tensor], device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def explaining_memory(batch: Batch | None = None, number: int = 0) -> Iterator[None]:
+def explaining_memory(
+    batch: Batch | None = None,
+    number: int = 0,
+    *,
+    work: str = "the optimizer's update",
+    advice: str = "try deepspeed: zero3-offload",
+) -> Iterator[None]:
     """Turn running out of memory, on GPU or CPU, into a UserError that says what to try.
 
-    Without a micro-batch, it is the optimizer that ran out.
+    Without a micro-batch, it is other `work` that ran out.
     """
     try:
         yield
@@ -154,17 +160,16 @@ def explaining_memory(batch: Batch | None = None, number: int = 0) -> Iterator[N
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not out_of_memory and "can't allocate memory" not in str(error):
             raise
-        where, advice = _memory_advice(batch, number)
+        if batch is not None:
+            work, advice = _memory_advice(batch, number)
         first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"out of memory in {where}; {advice}; in a new run_dir or in this one, on more "
+            f"out of memory in {work}; {advice}; in a new run_dir or in this one, on more "
             f"workers or with deepspeed: zero3, every one of them holds less\n{first_line}"
         ) from error
 
 
-def _memory_advice(batch: Batch | None, number: int) -> tuple[str, str]:
-    if batch is None:
-        return "the optimizer's update", "try deepspeed: zero3-offload"
+def _memory_advice(batch: Batch, number: int) -> tuple[str, str]:
     rows = len(batch.samples)
     where = f"micro-batch {number}: {batch.tokens} tokens in {rows} rows"
     if rows > 1:

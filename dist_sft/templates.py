@@ -16,6 +16,9 @@ from dist_sft.errors import UserError
 from dist_sft.row_fields import BadRow
 from dist_sft.rows import Conversation, ToolCall, Turn
 
+TEMPLATES = ("human-assistant", "alpaca", "chatml", "tokenizer")
+"""Names that `data.template` may have; anything else is a Jinja file."""
+
 
 class MaskError(UserError):
     """Refuse a template and tokenizer that together give no provable mask."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,12 +28,15 @@ from dist_sft import (
     shards,
     world,
 )
+from dist_sft.asking import check_room, read_prompts
 from dist_sft.batches import Batch, Feeder
+from dist_sft.chat import Encoder
 from dist_sft.config import Recipe, read_training_config
 from dist_sft.console import Console
 from dist_sft.divergence import Diverged, Guard, name_rows
 from dist_sft.engine import Engine, make_accelerator, make_engine, set_learning_rate
 from dist_sft.errors import UserError
+from dist_sft.examiner import Examiner
 from dist_sft.export import export, write_model_files
 from dist_sft.metrics import (
     Clock,
@@ -58,6 +63,7 @@ from dist_sft.step import (
 )
 from dist_sft.stopping import StopFlag
 from dist_sft.store import Dataset
+from dist_sft.tokenizer import Words
 from dist_sft.trackers import check_installed, start_trackers
 from dist_sft.watchdog import Heart
 from dist_sft.world import Place
@@ -118,6 +124,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         engine = make_engine(accelerator, model, recipe)
         stack.push(lambda kind, *_: engine.close() if kind is None else None)
         shards.check(engine)
+        stock = engine.module.config._attn_implementation
         packed = choose_packing(engine, recipe.train.packing, place.device, dtype, console)
 
         # 5. The plan: which samples make up every step. Continue where the run was.
@@ -131,6 +138,7 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         feeder = feed(train_set)
         eval_feeders = {name: feed(dataset) for name, dataset in eval_sets.items()}
         encoder = data.make_encoder(recipe.data, words)
+        examiner = make_examiner(recipe, engine, encoder, words, stock)
         facts = {
             "recipe": recipe.fingerprint(),
             "data": train_set.fingerprint,
@@ -198,21 +206,33 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             reason = f"stopped by {by} after step {step}, which is {how}"
             return Outcome(runs.STOPPED, reason, step, asked_by=by)
 
-        def evaluation() -> dict[str, float | None] | None:
-            """Return the loss of every evaluation set by name; None where a stop cut it short."""
+        def evaluation(step: int) -> dict[str, Any] | None:
+            """Return what the line of a step says of it; None where a stop cut it short."""
             losses: dict[str, float | None] = {}
             for name, held_out in eval_feeders.items():
                 value = evaluate(engine, held_out, agree, place.device, heart.beat)
                 if value is None:
                     return None
                 losses[name] = finite(value)
-            return losses
+            found: dict[str, Any] = {"eval_loss": losses} if losses else {}
+            if examiner:
+                answers = examiner.examine(
+                    engine, place.device, lambda: agree([]).stopping, heart.beat
+                )
+                if answers is None:
+                    return None
+                found["exact_match"] = examiner.score(answers)
+                if place.rank == 0:
+                    with contextlib.suppress(OSError):  # a full disk ends no run
+                        examiner.write(run_dir, step, answers)
+            return found
 
         def tell(line: dict[str, Any]) -> None:
             if metrics:
                 metrics.write(**line)
             track(line)
-            important = "eval_loss" in line or line["step"] in (1, total)
+            evaluated = "eval_loss" in line or "exact_match" in line
+            important = evaluated or line["step"] in (1, total)
             console.step(line["step"], describe(line), important=important)
 
         outlook = summarize(
@@ -236,12 +256,13 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
         guard = Guard(recipe.train.on_divergence, recipe.train.max_skipped_steps, streaks)
 
         # 6. The loop. Everything about a step follows from its number.
-        owed = evaluation_owed(run_dir, done, total, recipe) if eval_feeders else None
+        kinds = ["eval_loss"] * bool(eval_feeders) + ["exact_match"] * bool(examiner)
+        owed = evaluation_owed(run_dir, done, total, recipe, kinds) if kinds else None
         if owed:
-            evaluated = evaluation()
+            evaluated = evaluation(done)
             if evaluated is None:
                 return stopped(done)
-            tell(owed | {"eval_loss": evaluated})
+            tell(owed | evaluated)
         evaluated = {}
         lead = launch.options.get("lead")
         due = False  # to save: where the step was not taken, after the next one that is
@@ -307,8 +328,8 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
             }
             if collectives:
                 line["collectives"] = collectives.seconds()
-            evaluated = evaluation() if evaluates_after(step, total, recipe) else {}
-            tell(line | ({"eval_loss": evaluated} if evaluated else {}))
+            evaluated = evaluation(step) if evaluates_after(step, total, recipe) else {}
+            tell(line | (evaluated or {}))
             if evaluated is None:
                 return stopped(step)
             # The batch script keeps 30 s, or half of less, to put the job back.
@@ -321,9 +342,9 @@ def train(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 lead = None  # once is enough
             due = due or agreed.saving or is_due(step, recipe.checkpoint.every)
             if due and step < total and verdict == "taken":
-                saver.save(step, streaks=guard.streaks, eval_loss=evaluated or None)
+                saver.save(step, streaks=guard.streaks, eval_loss=evaluated.get("eval_loss"))
                 due = False
-        saver.save(total, streaks=guard.streaks, eval_loss=evaluated or None)
+        saver.save(total, streaks=guard.streaks, eval_loss=evaluated.get("eval_loss"))
 
         # 8. The end: a last checkpoint, a model that others can load, a picture of the loss.
         console.close()
@@ -348,12 +369,18 @@ def evaluates_after(step: int, total: int, recipe: Recipe) -> bool:
     return step == total or is_due(step, recipe.eval.every)
 
 
-def evaluation_owed(run_dir: Path, done: int, total: int, recipe: Recipe) -> report.Line | None:
-    """Return the metrics of the step to go on from where a stop cut its evaluation short."""
+def evaluation_owed(
+    run_dir: Path, done: int, total: int, recipe: Recipe, kinds: Sequence[str]
+) -> report.Line | None:
+    """Return the metrics of the step to go on from where they lack one of the `kinds`.
+
+    A stop has cut its evaluation short.
+    """
 
     def look() -> report.Line | None:
         lines = report.read_steps(run_dir / "metrics.jsonl")
-        line = next((x for x in lines if x["step"] == done and "eval_loss" not in x), None)
+        lacks = (x for x in lines if x["step"] == done and any(kind not in x for kind in kinds))
+        line = next(lacks, None)
         if line:
             del line["attempt"]
         return line
@@ -369,6 +396,20 @@ def finite(value: float) -> float | None:
 def is_due(step: int, every: int | None) -> bool:
     """Tell whether something that happens every so many steps happens after this one."""
     return every is not None and step % every == 0
+
+
+def make_examiner(
+    recipe: Recipe, engine: Engine, encoder: Encoder, words: Words, stock: str
+) -> Examiner | None:
+    """Read `eval.prompts`, if the recipe has them; raises UserError on every rank."""
+    path = recipe.eval.prompts
+    if path is None:
+        return None
+    prompts = world.on_rank_0(lambda: read_prompts(path, encoder))
+    check_room(prompts, recipe.eval.max_new_tokens, engine.module)
+    text_of = partial(words.tokenizer.decode, skip_special_tokens=False)
+    budget = recipe.train.tokens_per_micro_batch
+    return Examiner(prompts, encoder, text_of, stock, recipe.eval.max_new_tokens, budget)
 
 
 def choose_packing(
@@ -397,6 +438,8 @@ def describe(line: dict[str, Any]) -> str:
     text = f"loss {loss}  lr {line['lr']:.2e}  {line['tokens'] / line['seconds']:,.0f} tokens/s"
     for name, loss in line.get("eval_loss", {}).items():
         text += f"  {name} " + ("not finite" if loss is None else f"{loss:.4f}")
+    if "exact_match" in line:
+        text += f"  exact match {line['exact_match']:.1%}"
     return text
 
 

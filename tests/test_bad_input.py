@@ -140,7 +140,8 @@ NVME = "{zero_optimization: {stage: 3, offload_param: {device: nvme}}}"
         (["deepspeed=batch.json"], "/batch.json': only zero_optimization is allowed here: "
                                    "train_batch_size belongs in the recipe as train.batch_size"),
         ([f"deepspeed={NVME}"], "offload to nvme is not supported; allowed: cpu, none"),
-        (["eval.every=5"], "set data.eval or data.eval_fraction"),
+        (["eval.every=5"], "set data.eval, data.eval_fraction or eval.prompts"),
+        (["eval.prompts=row.json"], "eval.prompts=row.json: no such file or folder; "),
         (["data.train.0.path=row.jsonl"], "data.train.0.path=row.jsonl: no such file or folder; "),
         (["trian.steps=3", "seed=x"], "2 mistakes in "),
     ],

@@ -181,7 +181,11 @@ def test_refuses_a_key_that_is_no_word() -> None:
         (
             {"eval__every": 10},
             "recipe: eval.every is set but there is nothing to evaluate: "
-            "set data.eval or data.eval_fraction",
+            "set data.eval, data.eval_fraction or eval.prompts",
+        ),
+        (
+            {"eval__max_new_tokens": 10},
+            "recipe: eval.max_new_tokens has no effect without eval.prompts",
         ),
         (
             {"model__dtype": "float16"},
@@ -333,6 +337,7 @@ def test_what_may_change_are_settings_that_exist() -> None:
         ({"deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}}, True),
         ({"trackers": ["wandb", "mlflow"]}, True),
         ({"data__cache_dir": "/scratch"}, True),
+        ({"eval__prompts": "prompts.jsonl", "eval__max_new_tokens": 5}, True),
         ({"train__tokens_per_micro_batch": 1}, True),
         ({"train__batch_size": 1}, False),
         ({"data__max_length": 1}, False),

@@ -338,14 +338,23 @@ def test_stopped_and_continued_is_bit_identical(
     assert losses[0] == losses[1]
 
 
-def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["eval_loss", "exact_match"])
+def test_stopped_in_an_evaluation_and_continued(
+    kind: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
     held_out = tmp_path / "held_out.jsonl"
     with open(held_out, "w") as file:
-        for n in range(12_000):  # seconds of evaluation in a dozen pieces
+        # Seconds of evaluation: in a dozen pieces, or token by token.
+        for n in range(12_000 if kind == "eval_loss" else 20):
             file.write(json.dumps({"instruction": f"Say {n}.", "output": f"{n} " * 5}) + "\n")
-    data = {**recipe["data"], "eval": [{"path": str(held_out)}], "eval_fraction": 0.0}
+    data: dict[str, Any] = {**recipe["data"], "eval_fraction": 0.0}
+    evaluation: dict[str, Any] = {"every": 1}
+    if kind == "eval_loss":
+        data["eval"] = [{"path": str(held_out)}]
+    else:
+        evaluation |= {"prompts": str(held_out), "max_new_tokens": 60}
     run_dir = tmp_path / "run"
-    changes = {"data": data, "train": {"batch_size": 8, "steps": 2}, "eval": {"every": 1}}
+    changes = {"data": data, "train": {"batch_size": 8, "steps": 2}, "eval": evaluation}
     path = write({**recipe, **changes}, run_dir)
     process = start(path)
     wait_until(lambda: bool(ranks_of(process)), process)
@@ -356,7 +365,7 @@ def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path
     assert process.returncode == 75, out + err
     (line,) = report.read_steps(run_dir / "metrics.jsonl")
     assert line["step"] == 1
-    assert "eval_loss" not in line, "the stop came too late to prove anything"
+    assert kind not in line, "the stop came too late to prove anything"
     assert list(manifest.folders(run_dir)) == [1]
 
     code, out, err = run(path)
@@ -364,7 +373,45 @@ def test_stopped_in_an_evaluation_and_continued(recipe: dict[str, Any], tmp_path
     caught_up, last = report.read_steps(run_dir / "metrics.jsonl")
     assert caught_up["attempt"] == 1
     assert caught_up["loss"] == line["loss"]
-    assert caught_up["eval_loss"]["held_out"] > last["eval_loss"]["held_out"]
+    if kind == "eval_loss":
+        assert caught_up[kind]["held_out"] > last[kind]["held_out"]
+    else:
+        assert caught_up[kind] == last[kind] == 0.0
+        samples = sorted(path.name for path in (run_dir / "samples").iterdir())
+        assert samples == ["step-00000001.jsonl", "step-00000002.jsonl"]
+
+
+def test_prompts_are_answered_beside_training(
+    recipe: dict[str, Any], finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.json"
+    rows = json.loads((Path(recipe["run_dir"]).parent / "rows.json").read_text())[:3]
+    prompts.write_text(json.dumps(rows))
+    run_dir = tmp_path / "run"
+    evaluation = {"every": 4, "prompts": str(prompts), "max_new_tokens": 5}
+    path = write({**recipe, "eval": evaluation}, run_dir)
+    code, out, err = run(path)
+    assert code == 0, out + err
+    lines, before = (report.read_steps(x / "metrics.jsonl") for x in (run_dir, finished[1]))
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert [line.get(key) for line in lines] == [line.get(key) for line in before]
+    ours, theirs = (load_file(x / "model" / "model.safetensors") for x in (run_dir, finished[1]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["step"] for line in lines if "exact_match" in line] == [4, 7]
+    share = f"{lines[-1]['exact_match']:.1%}"
+    assert re.search(rf"step 7/7 .* exact match {re.escape(share)}", out)
+
+    samples = (run_dir / "samples" / "step-00000007.jsonl").read_text().splitlines()
+    asked = [json.loads(sample) for sample in samples]
+    assert [sample["expected"] for sample in asked] == [row["output"] for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    for sample in asked:
+        ids = tokenizer(sample["prompt"], return_tensors="pt").input_ids
+        answer = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        ended = answer[-1] == tokenizer.eos_token_id
+        assert sample["generated"] == tokenizer.decode(answer[:-1] if ended else answer)
+        assert sample["finish_reason"] == ("eos" if ended else "length")
 
 
 def test_damaged_checkpoints_are_passed_over_and_never_begun_anew(

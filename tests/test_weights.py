@@ -349,6 +349,8 @@ def test_other_words_than_in_training_are_refused(tmp_path: Path, find: Any) -> 
 
 def test_a_template_whose_file_is_gone_is_the_tokenizers(tmp_path: Path, find: Any) -> None:
     file = tmp_path / "mine.jinja"
+    found = find(write_checkpoint(tmp_path / "other", 5, llama(), template="mine.jinja"))
+    assert found.template == "tokenizer"
     found = find(write_checkpoint(tmp_path / "run", 5, llama(), template=str(file)))
     assert found.template == "tokenizer"
     file.touch()

@@ -64,6 +64,7 @@ class Run:
         freeze(model, self.recipe.model.freeze)
         self.engine = engine.make_engine(accelerator, model, self.recipe)
         shards.check(self.engine)
+        self.stock = model.config._attn_implementation
         packing = "on" if cell.packed else "off"
         packed = train.choose_packing(self.engine, packing, DEVICE, dtype, Console(None))
         rows, rank, world = Rows(job.rows), dist.get_rank(), dist.get_world_size()
