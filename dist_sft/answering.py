@@ -35,6 +35,12 @@ KEPT = COLUMNS[2:]
 """What an earlier answer keeps where its row has moved."""
 
 
+FAILURES = {
+    "error": ("not_finite", "the model's logits are not finite"),
+    "memory": ("out_of_memory", "there was not enough memory for this row alone"),
+}
+
+
 class Part(NamedTuple):
     """What a worker hands in."""
 
@@ -162,8 +168,8 @@ class Answerer:
 
 
 def _answered(one: _Asked, answer: Answer) -> dict[str, Any]:
-    if answer.reason == "error":
-        one.problem = BadRow("not_finite", "the model's logits are not finite")
+    if answer.reason in FAILURES:
+        one.problem = BadRow(*FAILURES[answer.reason])
         return _unanswered(one)
     return {
         "generated": answer.text,

@@ -27,7 +27,7 @@ from dist_sft.stop_strings import StopStrings
 SLACK = 64  # columns to spare: so many steps go by before columns are moved to the front
 WAITERS = 4  # a batch is filled up when one of so many places is free: prompts go together, too
 
-Reason = Literal["eos", "stop", "length", "error"]
+Reason = Literal["eos", "stop", "length", "error", "memory"]
 
 
 class Request(NamedTuple):
@@ -46,7 +46,8 @@ class Answer(NamedTuple):
     ids: list[int]
     """Everything that was generated but for the end token."""
     reason: Reason
-    """`error` where the model's next logits were no numbers, or infinite."""
+    """`error` where the model's next logits were no numbers, or infinite; `memory` where there was
+    not enough for this row alone."""
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Decoder:
 
     The model is in eval mode and has its stock attention. `stop_ids` are the tokens that end an
     answer, `text_of` makes text of ids. `tick` is told after every forward how many tokens were
-    chosen, and may raise to leave.
+    chosen and how many answers they ended, and may raise to leave.
 
     Where memory does not suffice, the rows that are not finished begin again, half as many at a
     time, and `shrunk` is told how many rows begin again and how many places there are now: from
@@ -96,7 +97,7 @@ class Decoder:
         stop_ids: Sequence[int],
         sampling: Sampling,
         text_of: Callable[[list[int]], str],
-        tick: Callable[[int], None] = lambda tokens: None,
+        tick: Callable[[int, int], None] = lambda tokens, answers: None,
         *,
         agree: Callable[[Tensor], Tensor] | None = None,
         shrunk: Callable[[int, int], None] = lambda rows, places: None,
@@ -129,7 +130,7 @@ class Decoder:
         """Answer all requests, in their order.
 
         `batch_tokens` is the memory for keys and values, in tokens: rows x columns of a batch; one
-        row always goes. Raises what the model raises where memory does not suffice for one row.
+        row always goes.
         """
         assert not self._model.training
         answers: dict[int, Answer] = {}
@@ -143,10 +144,13 @@ class Decoder:
                     for number, answer in self._answer(waiting, places, columns):
                         answers[number] = answer
                 except (RuntimeError, MemoryError) as error:
-                    if places == 1 or self._agree or not _out_of_memory(error):
+                    if self._agree or not _out_of_memory(error):
                         raise
+                    if places == 1:  # the first one that is not answered
+                        alone = next(number for number in numbers if number not in answers)
+                        answers[alone] = Answer("", [], "memory")
                     # No later group of this call is larger: what it is for one, it is for others.
-                    batch_tokens = places // 2 * columns
+                    batch_tokens = max(1, places // 2) * columns
                 numbers = [number for number in numbers if number not in answers]
                 if numbers:
                     torch.cuda.empty_cache()
@@ -275,8 +279,9 @@ class Decoder:
         histories = [row.history for row in rows] if sampling.repetition_penalty != 1.0 else []
         chosen = choose(logits, sampling, histories, [row.draw for row in rows])
         tokens = (self._agree(chosen) if self._agree else chosen).tolist()
-        self._tick(len(tokens))
-        return [self._add(row, token) for row, token in zip(rows, tokens, strict=True)]
+        answers = [self._add(row, token) for row, token in zip(rows, tokens, strict=True)]
+        self._tick(len(tokens), sum(answer is not None for answer in answers))
+        return answers
 
     def _add(self, row: _Row, token: int) -> Answer | None:
         """Add a token to an answer; return the answer if that ends it."""

@@ -17,7 +17,8 @@ from dist_sft.sampling import Sampling
 
 __all__ = ["VLLM", "Answer", "Engine", "HuggingFace", "Request"]
 
-Tick = Callable[[int], None]
+Tick = Callable[[int, int], None]
+"""Hear how many tokens were chosen, and how many answers they ended; may raise to leave."""
 
 
 class Engine(Protocol):
@@ -50,7 +51,7 @@ class HuggingFace:
         self, model: Any, encoder: Encoder, text_of: Callable[[list[int]], str],
         recipe: GenerateRecipe, tick: Tick,
     ) -> None:  # fmt: skip
-        """Answer with `model`; `tick` hears after every step how many tokens it gave."""
+        """Answer with `model`; `tick` hears of every step."""
         self.splits = 0
         self._batch_tokens = recipe.generate.batch_tokens
         sampling = sampling_of(recipe.generate, recipe.seed)
@@ -103,7 +104,7 @@ class VLLM:
             use_tqdm=False,
         )
         answers = [self._read(one.outputs[0]) for one in said]
-        self._tick(sum(len(answer.ids) for answer in answers))
+        self._tick(sum(len(answer.ids) for answer in answers), len(answers))
         return answers
 
     def _sampling(self, request: Request) -> Any:

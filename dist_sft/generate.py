@@ -22,7 +22,7 @@ from dist_sft.chat import BadRow, Encoder, parse
 from dist_sft.config import read_generation_config
 from dist_sft.console import Console
 from dist_sft.earlier import Earlier
-from dist_sft.engines import VLLM, Engine, HuggingFace
+from dist_sft.engines import VLLM, Engine, HuggingFace, Tick
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.inputs import Inputs
@@ -116,9 +116,11 @@ def prepare(
     first = place.node_rank == 0
     cache = cache_folder(recipe.cache_dir)
     index = inputs.index(recipe.input, cache, COLUMNS, say)
+    reuse = bool(options.get("reuse_unchanged"))
+    path, step = parts.pinned(run_dir, recipe, reuse=reuse)
     located = locate(
-        recipe.model.path,
-        recipe.model.step,
+        path,
+        step,
         revision=recipe.model.revision,
         verify="sha256" if first else "size",
         trusting=bool(options.get("trust_checkpoint")),
@@ -152,8 +154,8 @@ def prepare(
         if place.device.type == "cpu":
             facts["threads"] = str(torch.get_num_threads())
         size = parts.choose_part_rows(recipe.generate.part_rows, len(rows))
-        plan = Plan(len(rows), size, recipe.generate.num_samples, facts)
-        parts.adopt(run_dir, plan, reuse=bool(options.get("reuse_unchanged")), say=say)
+        plan = Plan(len(rows), size, recipe.generate.num_samples, facts, str(located.folder))
+        parts.adopt(run_dir, plan, reuse=reuse, say=say)
         if located.checkpoint:
             folder.parent.mkdir(exist_ok=True)
             ready(located, folder, dtype, say)
@@ -205,7 +207,7 @@ def load_answerer(
     plan: Plan,
     found: dict[str, Any],
     device: torch.device,
-    tick: Callable[[int], None],
+    tick: Tick,
     earlier: Earlier | None = None,
 ) -> Answerer:
     """Load model, tokenizer and index, as `prepare` found them on this node."""

@@ -58,9 +58,9 @@ def allowed(options: argparse.Namespace) -> list[str]:
     return [runs.ALL] if options.reuse_unchanged else options.allow_change
 
 
-def is_finished(recipe: AnyRecipe) -> bool:
-    """Tell whether there is nothing to do, and say so."""
-    if not runs.is_finished(recipe) or _has_changed(recipe):
+def is_finished(recipe: AnyRecipe, *, reuse: bool = False) -> bool:
+    """Tell whether there is nothing to do, and say so; with `reuse`, generation looks itself."""
+    if reuse or not runs.is_finished(recipe) or _has_changed(recipe):
         return False
     if recipe.job == "generate":
         print(f"{recipe.run_dir} is finished already: the answers are in {recipe.output.path}")
@@ -86,10 +86,11 @@ def _has_changed(recipe: AnyRecipe) -> bool:
 
     plan, cache = parts.read_plan(Path(recipe.run_dir)), cache_folder(recipe.cache_dir)
     found = fingerprints(recipe.input, cache)
-    if Path(recipe.model.path).exists():  # what is on the hub is fetched for a run alone
+    place, step = parts.pinned(Path(recipe.run_dir), recipe, reuse=False)
+    if Path(place).exists():  # what is on the hub is fetched for a run alone
         model = locate(
-            recipe.model.path, recipe.model.step, verify="size", trusting=True,
-            memo=cache / "digests", say=lambda line: None,
+            place, step, verify="size", trusting=True, memo=cache / "digests",
+            say=lambda line: None,
         )  # fmt: skip
         found["model"] = model.identity[:32]
     return plan is None or any(plan.facts.get(key) != value for key, value in found.items())

@@ -51,7 +51,7 @@ def launch(options: argparse.Namespace) -> int:
     recipe = launching.read(options)
     run_dir = Path(recipe.run_dir)
     if not options.prepare:
-        if launching.is_finished(recipe):
+        if launching.is_finished(recipe, reuse=options.reuse_unchanged):
             return runs.FINISHED
         mistakes = preflight.path_mistakes(recipe)
         launching.refuse(mistakes + preflight.machine_mistakes(recipe, workers, gpus))

@@ -22,12 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dist_sft import runs
 from dist_sft.digests import HashingFile
 from dist_sft.earlier import FOLDER
 from dist_sft.errors import UserError
+from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.once import sync
 
 LARGEST = 256  # rows; more make a batch no fuller, and more is lost with a worker
@@ -49,6 +50,8 @@ class Plan:
     """Answers per row."""
     facts: dict[str, str]
     """What answers depend on beside the recipe: input, model, template, what computes."""
+    model: str = field(default="", compare=False)
+    """The folder of the model, which of a training run is one checkpoint's."""
 
     @property
     def parts(self) -> int:
@@ -62,11 +65,12 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Return what parts carry with them, so that none of another plan is taken for its own."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+        told = asdict(self) | {"model": None}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
     def difference(self, other: Plan) -> list[str]:
         """Return a line for everything in which another plan differs from this one."""
-        old, new = ({**asdict(plan), **plan.facts, "facts": None} for plan in (self, other))
+        old, new = (asdict(plan) | {"facts": None} | plan.facts for plan in (self, other))
         return [
             f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
             for key in dict.fromkeys((*old, *new))
@@ -95,6 +99,23 @@ def read_plan(run_dir: Path) -> Plan | None:
 def write_plan(run_dir: Path, plan: Plan) -> None:
     """Write plan.json."""
     runs.write_atomically(run_dir / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def pinned(
+    run_dir: Path, recipe: GenerateRecipe, *, reuse: bool
+) -> tuple[str, Literal["newest", "best"] | int]:
+    """Return where the model is, and which step of it.
+
+    A run goes on with the checkpoint that it began with, although training has made newer ones, for
+    as long as that is there; with `reuse`, it takes what the recipe says now.
+    """
+    plan = read_plan(run_dir)
+    model = recipe.model
+    began_with = Path(plan.model) if plan and plan.model and not reuse else None
+    if began_with is None or model.step != "newest" or not began_with.exists():
+        return model.path, model.step
+    of_this_run = Path(model.path).resolve() in began_with.resolve().parents
+    return (str(began_with), "newest") if of_this_run else (model.path, model.step)
 
 
 def adopt(run_dir: Path, plan: Plan, *, reuse: bool, say: Callable[[str], None]) -> None:

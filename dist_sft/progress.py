@@ -111,7 +111,7 @@ class Progress:
         self._heart, self._stop, self._console = heart, stop, console
         self._file = runs.attempt_dir(run_dir, attempt) / f"progress-{self._rank}.json"
         self._began = time.monotonic()
-        self._word = Word()
+        self._word, self._answers = Word(), 0
         self._looked = 0.0
         self._patience = PATIENCE_SECONDS
         self.rows_before = sum(len(plan.rows_of(part)) for part in parts.finished(run_dir))
@@ -143,6 +143,7 @@ class Progress:
                 return
             self._heart.beat("waiting")
             self._look()
+            self._tell()
             now = time.monotonic()
             pause = max(LOOK_SECONDS, LISTING_SHARE * (now - began))
             if now - since > self._patience:
@@ -155,7 +156,7 @@ class Progress:
     def working_on(self, part: int) -> Iterator[None]:
         """Tell that this worker answers a part; leave it where another one was faster."""
         began = time.monotonic()
-        self._word.part, self._word.rows = part, 0
+        self._word.part, self._word.rows, self._answers = part, 0, 0
         try:
             yield
             self._patience = max(PATIENCE_SECONDS, time.monotonic() - began)
@@ -167,11 +168,12 @@ class Progress:
             self._word.part, self._word.rows = -1, 0
             self._tell()
 
-    def tick(self, tokens: int, rows: int = 0) -> None:
-        """Hear that so many tokens were generated, and rows finished. Raises to leave."""
+    def tick(self, tokens: int, answers: int) -> None:
+        """Hear that so many tokens were generated, and answers finished. Raises to leave."""
         self._heart.beat("generating")
         self._word.tokens += tokens
-        self._word.rows += rows
+        self._answers += answers
+        self._word.rows = self._answers // self._plan.samples
         if time.monotonic() - self._looked >= LOOK_SECONDS:
             self._look()
             if parts.folder_of(self._run_dir, self._word.part).exists():

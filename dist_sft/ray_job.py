@@ -126,7 +126,7 @@ def launch(options: argparse.Namespace) -> int:
     recipe = launching.read(options)
     http = ray_submit.is_http(options.address)
     if not options.prepare and not http:
-        if launching.is_finished(recipe):
+        if launching.is_finished(recipe, reuse=options.reuse_unchanged):
             return runs.FINISHED
         launching.refuse(preflight.path_mistakes(recipe))
     if options.dry_run:

@@ -124,7 +124,11 @@ def make_plan(options: argparse.Namespace, sbatch: list[str]) -> Plan | None:
     listed = [folder.name for folder in older]
     listed += [n for n in (Path(r.run_dir).name for _, r in pairs) if n not in listed]
     if not options.prepare:
-        pairs = [pair for pair in pairs if not launching.is_finished(pair[1])]
+        pairs = [
+            pair
+            for pair in pairs
+            if not launching.is_finished(pair[1], reuse=options.reuse_unchanged)
+        ]
     if not pairs:
         return None
     told = {

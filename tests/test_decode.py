@@ -369,7 +369,7 @@ def test_memory_that_is_full_in_the_middle_keeps_finished_answers() -> None:
     model, told = full(10), []
     steps = 0
 
-    def tick(tokens: int) -> None:
+    def tick(tokens: int, answers: int) -> None:
         nonlocal steps
         steps += 1
         if steps == 5:
@@ -380,12 +380,30 @@ def test_memory_that_is_full_in_the_middle_keeps_finished_answers() -> None:
     assert told == [(6, 5)]
 
 
-def test_a_row_that_does_not_fit_alone_is_an_error() -> None:
+def test_rows_that_do_not_fit_alone_are_given_up_one_by_one() -> None:
     told: list[tuple[int, int]] = []
     shrinking = decoder(full(0), Sampling(20), shrunk=lambda *x: told.append(x))
-    with pytest.raises(torch.OutOfMemoryError):
-        shrinking.answer(REQUESTS, 10**6)
-    assert told == [(10, 5), (10, 2), (10, 1)]
+    answers = shrinking.answer(REQUESTS, 10**6)
+    assert {(answer.text, answer.reason) for answer in answers} == {("", "memory")}
+    assert told[:3] == [(10, 5), (10, 2), (10, 1)]
+    assert [rows for rows, _ in told[3:]] == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+
+
+class TooLong(ScriptedModel):
+    """Has no memory for a prompt of the longest length."""
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[1] >= max(len(request.prompt) for request in REQUESTS):
+            raise torch.OutOfMemoryError
+        return self.forward(input_ids, *args, **kwargs)
+
+
+def test_a_row_that_does_not_fit_alone_costs_no_other_one() -> None:
+    answers = decoder(TooLong(saying(ANSWERS, EOS), VOCAB), Sampling(20)).answer(REQUESTS, 10**6)
+    assert [n for n, answer in enumerate(answers) if answer.reason == "memory"] == [3, 7]
+    assert [answer.ids for n, answer in enumerate(answers) if n not in (3, 7)] == [
+        ids for n, ids in enumerate(ANSWERS) if n not in (3, 7)
+    ]
 
 
 def test_other_errors_and_ranks_that_agree_do_not_shrink() -> None:
@@ -397,10 +415,11 @@ def test_other_errors_and_ranks_that_agree_do_not_shrink() -> None:
 
 def test_tick_is_told_every_token_and_may_leave() -> None:
     model, told = ScriptedModel(saying(ANSWERS, EOS), VOCAB), []
-    decoder(model, Sampling(20), told.append).answer(REQUESTS, 10**6)
-    assert sum(told) == sum(len(answer) + 1 for answer in ANSWERS)
+    decoder(model, Sampling(20), lambda *x: told.append(x)).answer(REQUESTS, 10**6)
+    assert sum(tokens for tokens, _ in told) == sum(len(answer) + 1 for answer in ANSWERS)
+    assert sum(ended for _, ended in told) == len(ANSWERS)
 
-    def leave(tokens: int) -> None:
+    def leave(tokens: int, answers: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
