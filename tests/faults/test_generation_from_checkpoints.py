@@ -78,7 +78,7 @@ def test_a_run_goes_on_with_the_checkpoint_that_it_began_with(
         "model": {"path": str(run_dir)},
         "input": [{"path": str(prompts)}],
         "cache_dir": str(tmp_path / "cache"),
-        "generate": {"max_new_tokens": 12, "part_rows": 4},
+        "generate": {"max_new_tokens": 12, "part_rows": 4, "temperature": 1.0},
     }
     undisturbed = tiny_generation.write(recipe, tmp_path / "undisturbed")
     warm.run(undisturbed, 1, job="generate")
