@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 
 from dist_sft import batch_job, lease, manifest, parts, report, runs, slurm_queue
-from dist_sft.config import read_config_json
 from dist_sft.progress import Overview, describe
 
 
@@ -21,28 +20,18 @@ def status(run_dir: Path) -> list[str]:
     if folders != [run_dir]:
         return [line for folder in folders for line in (*status(folder), "")][:-1]
     launch, held = runs.read_launch(run_dir), lease.read(run_dir)
+    plan = parts.read_plan(run_dir)  # of generation
     return [
         f"{run_dir}: launched by {launch.launcher}, {_size(launch)}",
         f"owner: {_owner(run_dir, held)}",
         *slurm_queue.describe(slurm_queue.jobs_of(run_dir)),
         *_attempts(run_dir, held),
-        *(_answers(run_dir) if _job(run_dir) == "generate" else _training(run_dir)),
+        *(_answers(run_dir, plan) if plan else [_progress(run_dir), _checkpoints(run_dir)]),
     ]
 
 
-def _job(run_dir: Path) -> str:
-    return read_config_json(run_dir).job
-
-
-def _training(run_dir: Path) -> list[str]:
-    return [_progress(run_dir), _checkpoints(run_dir)]
-
-
-def _answers(run_dir: Path) -> list[str]:
+def _answers(run_dir: Path, plan: parts.Plan) -> list[str]:
     """Tell how far a generation run is."""
-    plan = parts.read_plan(run_dir)
-    if plan is None:
-        return ["no part yet"]
     newest = max(runs.attempts(run_dir), default=0)
     view = Overview.read(run_dir, newest, plan)
     lines = [

@@ -595,8 +595,8 @@ def test_workers_that_say_nothing(
 LOST = "RuntimeError: Connection closed by peer"
 KILLED = (
     "ended by SIGKILL, killed from outside: by a person, or by the kernel because the machine ran "
-    "out of memory (see `dmesg`): then try fewer workers, a smaller train.tokens_per_micro_batch, "
-    "or deepspeed: zero3"
+    "out of memory (see `dmesg`): then try fewer workers; a smaller train.tokens_per_micro_batch, "
+    "or deepspeed: zero3; for generation a smaller generate.batch_tokens"
 )
 
 

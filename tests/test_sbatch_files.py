@@ -73,4 +73,4 @@ def test_the_mistakes_are_found(line: str) -> None:
 
 
 def test_there_are_scripts() -> None:
-    assert [path.name for path in SCRIPTS] == ["ray.sbatch", "train.sbatch"]
+    assert [path.name for path in SCRIPTS] == ["generate.sbatch", "ray.sbatch", "train.sbatch"]
