@@ -248,10 +248,10 @@ def test_the_same_requests_give_the_same_bytes(dtype: torch.dtype) -> None:
 
 def test_another_batch_keeps_nearly_all_sampled_rows() -> None:
     model = tiny_model("qwen2")
-    first = sampled(model, 200, 500)
+    first = sampled(model, 100, 500)
     for batch_tokens in (1, 3000, 10**6):
-        other = sampled(model, 200, batch_tokens)
-        assert sum(a == b for a, b in zip(first, other, strict=True)) >= 0.97 * 200
+        other = sampled(model, 100, batch_tokens)
+        assert sum(a == b for a, b in zip(first, other, strict=True)) >= 97
 
 
 def test_another_batch_changes_greedy_rows_only_where_two_tokens_are_alike() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,10 +124,25 @@ def test_top_k_and_top_p_are_those_of_transformers(
     theirs = expected(logits, sampling)
     ours = distribution(logits, sampling).double()
     ours /= ours.sum(-1, keepdim=True)
-    # The sums that top_p is compared with are rounded otherwise: a token at the border may differ.
-    assert ((ours > 0) != (theirs > 0)).sum(-1).max() <= 1
+    # The sums that top_p is compared with are rounded otherwise: at the border tokens may differ.
+    largest, ids = expected(logits, replace(sampling, top_p=1.0)).sort(descending=True)
+    clear = ((largest.cumsum(-1) - largest) - top_p).abs() > 1e-5
+    assert torch.equal(clear & (ours > 0).gather(1, ids), clear & (theirs > 0).gather(1, ids))
     if torch.equal(ours > 0, theirs > 0):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_the_token_that_reaches_top_p_stays() -> None:
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    for top_p, stays in (
+        (0.01, [1]),
+        (0.49, [1]),
+        (0.51, [1, 2]),
+        (0.79, [1, 2]),
+        (0.81, [0, 1, 2]),
+    ):
+        probabilities = distribution(logits, Sampling(1, temperature=1.0, top_p=top_p))[0]
+        assert probabilities.nonzero()[:, 0].tolist() == stays
 
 
 def test_a_nucleus_larger_than_what_is_sorted_first() -> None:
