@@ -14,27 +14,15 @@ from dist_sft.engines import Answer, Engine, Request
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.inputs import Inputs, to_json
+from dist_sft.merge import COLUMNS
 from dist_sft.parts import FAILURES_LISTED, Plan, Tally
 from dist_sft.row_fields import BadRow
 from dist_sft.templates import MaskError
 
-COLUMNS = (
-    "row",
-    "sample",
-    "generated",
-    "finish_reason",
-    "prompt_tokens",
-    "generated_tokens",
-    "prompt_truncated",
-    "error",
-)
-"""What the output has beside the input's columns; `error` where there was one."""
-OF_A_PLAN = ("input", "settings")
-"""Facts of a plan that say nothing of a single row."""
-KEPT = COLUMNS[2:]
+OF_A_PLAN = ("input", "settings", "computed", "libraries", "threads")
+"""Facts of a plan that say nothing of a single row's answer, or only of its last bits."""
+KEPT = tuple(COLUMNS)[2:]
 """What an earlier answer keeps where its row has moved."""
-
-
 FAILURES = {
     "error": ("not_finite", "the model's logits are not finite"),
     "memory": ("out_of_memory", "there was not enough memory for this row alone"),
@@ -54,11 +42,14 @@ class Part(NamedTuple):
 class _Asked:
     """A row with its prompt, or with what is wrong with it."""
 
+    row: int
     fields: dict[str, Any]
     prompt: list[int] = field(default_factory=list)
     truncated: bool = False
     problem: BadRow | None = None
     key: str = ""
+    earlier: list[dict[str, Any]] | None = None
+    """Output rows of an earlier plan that hold."""
 
 
 class Answerer:
@@ -92,33 +83,32 @@ class Answerer:
         """
         rows, samples = self._plan.rows_of(part), self._plan.samples
         asked = [self._ask(n, row) for n, row in zip(rows, self.inputs.read(rows), strict=True)]
-        known = [self._known(n, one) for n, one in zip(rows, asked, strict=True)]
-        requests = [
-            Request(one.prompt, number, sample)
-            for number, one, old in zip(rows, asked, known, strict=True)
-            if one.problem is None and old is None
-            for sample in range(samples)
-        ]
+        new = [one for one in asked if one.problem is None and one.earlier is None]
         splits_before = self._engine.splits
-        answers = iter(self._engine.answer(requests))
+        answers = iter(
+            self._engine.answer(
+                [Request(one.prompt, one.row, sample) for one in new for sample in range(samples)]
+            )
+        )
         tally = Tally(out_of_memory=self._engine.splits - splits_before)
         lines = []
-        for number, one, old in zip(rows, asked, known, strict=True):
-            for sample in range(samples):
-                if old is not None:
-                    told = {key: old[sample][key] for key in KEPT if key in old[sample]}
-                elif one.problem is not None:
-                    told = _unanswered(one)
-                else:
-                    told = _answered(one, next(answers))
-                tally.count_line(told["finish_reason"], told["generated_tokens"])
-                lines.append(to_json({**one.fields, "row": number, "sample": sample, **told}))
-            self._count_row(tally, number, one, reused=old is not None)
+        for one in asked:
+            if one.earlier is not None:
+                told = [{key: old[key] for key in KEPT if key in old} for old in one.earlier]
+            elif one.problem is not None:
+                told = [_unanswered(one, one.problem)] * samples
+            else:
+                told = [self._judged(one, next(answers)) for _ in range(samples)]
+            _count(tally, one, told)
+            lines += [
+                to_json({**one.fields, "row": one.row, "sample": sample, **columns})
+                for sample, columns in enumerate(told)
+            ]
         return Part(b"".join(lines), [one.key for one in asked], tally)
 
     def _ask(self, number: int, row: dict[str, Any] | BadRow) -> _Asked:
         """Make the prompt of a row, or say why there is none."""
-        one = _Asked({} if isinstance(row, BadRow) else row)
+        one = _Asked(number, {} if isinstance(row, BadRow) else row)
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -126,14 +116,35 @@ class Answerer:
             one.prompt = self._encoder.prompt(parse(row, source.format, answered=False))
             self._fit(one)
         except (BadRow, MaskError) as error:
-            one.problem = error if isinstance(error, BadRow) else BadRow("template", str(error))
-            if self._recipe.generate.on_error == "stop":
-                raise UserError(
-                    f"input: row {number} cannot be answered: {error}. Correct it, or set "
-                    "generate.on_error: record"
-                ) from None
-        one.key = _hash([self._salt, one.fields, one.prompt, str(one.problem or "")])
+            bad = error if isinstance(error, BadRow) else BadRow("template", str(error))
+            one.problem = self._recorded(one, bad)
+        # Rows that are the same have answers of their own.
+        which = int(self.inputs.occurrences[number])
+        one.key = _hash([self._salt, one.fields, which, one.prompt, str(one.problem or "")])
+        if self._earlier is not None and one.problem is None:
+            one.earlier = self._earlier.find(one.key)
         return one
+
+    def _recorded(self, one: _Asked, problem: BadRow) -> BadRow:
+        """Return a problem that is to be recorded; raise UserError where it ends the run."""
+        if self._recipe.generate.on_error == "stop":
+            raise UserError(
+                f"input: row {one.row} cannot be answered: {problem}. Correct it, or set "
+                "generate.on_error: record"
+            )
+        return problem
+
+    def _judged(self, one: _Asked, answer: Answer) -> dict[str, Any]:
+        """Return what an answer puts into the output."""
+        if answer.reason in FAILURES:
+            return _unanswered(one, self._recorded(one, BadRow(*FAILURES[answer.reason])))
+        return {
+            "generated": answer.text,
+            "finish_reason": answer.reason,
+            "prompt_tokens": len(one.prompt),
+            "generated_tokens": len(answer.ids),
+            "prompt_truncated": one.truncated,
+        }
 
     def _fit(self, one: _Asked) -> None:
         """Cut a prompt that is too long, or raise BadRow."""
@@ -150,45 +161,34 @@ class Answerer:
         one.prompt = [*bos, *one.prompt[len(one.prompt) - self._room + len(bos) :]]
         one.truncated = True
 
-    def _known(self, number: int, one: _Asked) -> list[dict[str, Any]] | None:
-        """Return the earlier output rows of the same question."""
-        if self._earlier is None or one.problem is not None:
-            return None
-        return self._earlier.find(one.key, number)
 
-    def _count_row(self, tally: Tally, number: int, one: _Asked, *, reused: bool) -> None:
-        tally.rows += 1
-        tally.prompt_tokens += len(one.prompt)
-        tally.prompts_truncated += one.truncated
-        tally.reused += reused
-        if one.problem is not None:
-            tally.errors[one.problem.reason] += 1
-            if len(tally.failures) < FAILURES_LISTED:
-                tally.failures.append((number, str(one.problem)))
-
-
-def _answered(one: _Asked, answer: Answer) -> dict[str, Any]:
-    if answer.reason in FAILURES:
-        one.problem = BadRow(*FAILURES[answer.reason])
-        return _unanswered(one)
-    return {
-        "generated": answer.text,
-        "finish_reason": answer.reason,
-        "prompt_tokens": len(one.prompt),
-        "generated_tokens": len(answer.ids),
-        "prompt_truncated": one.truncated,
-    }
-
-
-def _unanswered(one: _Asked) -> dict[str, Any]:
+def _unanswered(one: _Asked, problem: BadRow) -> dict[str, Any]:
     return {
         "generated": None,
         "finish_reason": "error",
         "prompt_tokens": len(one.prompt),
         "generated_tokens": 0,
         "prompt_truncated": one.truncated,
-        "error": str(one.problem),
+        "error": str(problem),
     }
+
+
+def _count(tally: Tally, one: _Asked, told: list[dict[str, Any]]) -> None:
+    """Count a row and its output rows."""
+    tally.rows += 1
+    tally.prompt_tokens += len(one.prompt)
+    tally.prompts_truncated += one.truncated
+    tally.reused += one.earlier is not None
+    for columns in told:
+        tally.lines += 1
+        tally.reasons[columns["finish_reason"]] += 1
+        tally.generated_tokens += columns["generated_tokens"]
+    wrong = next((columns["error"] for columns in told if "error" in columns), None)
+    if wrong is not None:
+        reasons = {text: reason for reason, text in FAILURES.values()}
+        tally.errors[one.problem.reason if one.problem else reasons[wrong]] += 1
+        if len(tally.failures) < FAILURES_LISTED:
+            tally.failures.append((one.row, wrong))
 
 
 def _salt(recipe: GenerateRecipe, plan: Plan) -> str:

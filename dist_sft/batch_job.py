@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dist_sft import lease, roll_call, runs, slurm_queue
+from dist_sft import lease, parts, roll_call, runs, slurm_queue
 from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 
@@ -125,6 +125,8 @@ def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
     print(outcome.reason if outcome else f"attempt {attempt} ended without a word", file=sys.stderr)
     if fate.preempted:
         _write(run_dir, attempt, replace(job, preempted=True))
+    if code == runs.FINISHED:
+        parts.clean_up(run_dir)
     if code in (runs.FINISHED, runs.WRONG_INPUT):
         return f"exit {code}"
     # Some signals reach the workers alone: `scancel --signal`, and the notice of a preemption where

@@ -226,12 +226,14 @@ class Encoder:
         """Return the ids after which the assistant speaks: what training showed before an answer.
 
         A conversation that ends with an assistant turn gives the prompt of that turn. Raises
-        `BadRow` where the template cannot express the conversation.
+        `BadRow` where the template cannot express the conversation, or its words would be read as
+        control tokens.
         """
         if conversation.turns[-1].role == "assistant":
             conversation = conversation._replace(turns=conversation.turns[:-1])
         pieces = self.template.prompt(conversation)
         ids_of = self._encode_texts(piece.text for piece in pieces if not piece.control)
+        self._check_text_pieces(pieces, ids_of)
         input_ids, _ = self._assemble(pieces, ids_of, frozenset())
         return input_ids
 
@@ -270,7 +272,7 @@ class Encoder:
         for item in rendered:
             index = item.row_index
             try:
-                self._check_text_pieces(item, ids_of)
+                self._check_text_pieces(item.pieces, ids_of)
                 input_ids, learned = self._assemble(item.pieces, ids_of, item.answers.keys())
                 proof.collect(index, input_ids, learned, list(item.answers.values()))
                 outcomes[index] = Sample(input_ids, learned, truncated=False)
@@ -319,11 +321,11 @@ class Encoder:
             return [self._bos_id, *input_ids], [False, *learned]
         return input_ids, learned
 
-    def _check_text_pieces(self, item: _Rendered, ids_of: Mapping[str, list[int]]) -> None:
+    def _check_text_pieces(self, pieces: Iterable[Piece], ids_of: Mapping[str, list[int]]) -> None:
         """Refuse rows whose words this tokenizer turns into control tokens after all."""
         if not self.template.escapes:
             return
-        for piece in item.pieces:
+        for piece in pieces:
             if piece.control or self._reserved_ids.isdisjoint(ids_of[piece.text]):
                 continue
             found = next(number for number in ids_of[piece.text] if number in self._reserved_ids)

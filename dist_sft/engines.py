@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +14,12 @@ from dist_sft.chat import Encoder
 from dist_sft.decode import Answer, Decoder, Request
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import Generate, GenerateRecipe
+from dist_sft.preflight import named_gpus
 from dist_sft.sampling import Sampling
 
 __all__ = ["VLLM", "Answer", "Engine", "HuggingFace", "Request"]
 
+AT_ONCE = 256  # requests that vLLM gets; in between it can be asked to stop
 Tick = Callable[[int, int], None]
 """Hear how many tokens were chosen, and how many answers they ended; may raise to leave."""
 
@@ -77,9 +80,21 @@ class VLLM:
     splits = 0
 
     def __init__(
-        self, folder: Path, encoder: Encoder, recipe: GenerateRecipe, dtype: torch.dtype, tick: Tick
+        self,
+        folder: Path,
+        encoder: Encoder,
+        recipe: GenerateRecipe,
+        dtype: torch.dtype,
+        local_rank: int,
+        tick: Tick,
     ) -> None:
         """Load the model from a Hugging Face folder. Raises UserError where there is no vLLM."""
+        # It starts processes of its own, which would all compute on the first GPU.
+        gpus = named_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", "")) or list(
+            map(str, range(torch.cuda.device_count()))
+        )
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank]
         try:
             import vllm
         except ImportError as error:
@@ -98,13 +113,17 @@ class VLLM:
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests, in their order."""
-        said = self._llm.generate(
-            [{"prompt_token_ids": list(request.prompt)} for request in requests],
-            [self._sampling(request) for request in requests],
-            use_tqdm=False,
-        )
-        answers = [self._read(one.outputs[0]) for one in said]
-        self._tick(sum(len(answer.ids) for answer in answers), len(answers))
+        answers = []
+        for start in range(0, len(requests), AT_ONCE):
+            some = requests[start : start + AT_ONCE]
+            said = self._llm.generate(
+                [{"prompt_token_ids": list(request.prompt)} for request in some],
+                [self._sampling(request) for request in some],
+                use_tqdm=False,
+            )
+            new = [self._read(one.outputs[0]) for one in said]
+            self._tick(sum(len(answer.ids) for answer in new), len(new))
+            answers += new
         return answers
 
     def _sampling(self, request: Request) -> Any:
@@ -120,6 +139,7 @@ class VLLM:
             stop_token_ids=list(self._stop_ids),
             seed=int(noise.random_raw() >> 33),
             ignore_eos=True,  # the template's end tokens are the ones that count
+            skip_special_tokens=False,
         )
 
     def _read(self, completion: Any) -> Answer:

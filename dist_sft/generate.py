@@ -6,18 +6,22 @@ the run folder: the plan, who has begun a part, and the parts that are finished.
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from dist_sft import inputs, merge, parts, rank_program, runs
-from dist_sft.answering import COLUMNS, Answerer
+from dist_sft import earlier, inputs, merge, output_file, parts, rank_program, runs
+from dist_sft.answering import Answerer
 from dist_sft.chat import BadRow, Encoder, parse
 from dist_sft.config import read_generation_config
 from dist_sft.console import Console
@@ -26,6 +30,7 @@ from dist_sft.engines import VLLM, Engine, HuggingFace, Tick
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.inputs import Inputs
+from dist_sft.locate import Located
 from dist_sft.model import positions, resolve_dtype
 from dist_sft.parts import Plan, Tally
 from dist_sft.paths import cache_folder
@@ -49,17 +54,16 @@ def generate(run_dir: Path, attempt: int, console: Console) -> Outcome:
         heart = Heart()
         heart.beat("preparing")
         recipe, launch = read_generation_config(run_dir), runs.read_launch(run_dir)
-        dtype = resolve_dtype(recipe.model.dtype, place.device)
         if recipe.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
 
         # 2. Once per node: index the input, fetch the model. Once per run: convert the weights, and
         #    find out whether what is finished was made from the same things.
+        make = partial(prepare, run_dir, attempt, recipe, launch, place.device, console.say)
         found = once_per_node(
-            run_dir, attempt, place, console,
-            partial(prepare, run_dir, recipe, place, dtype, launch.options, console.say),
-            nodes=[0],
-        )  # fmt: skip
+            run_dir, attempt, place, console, make, nodes=[0], after_the_first=True
+        )[place.node_rank]  # fmt: skip
         plan = parts.read_plan(run_dir)
         assert plan is not None, "node 0 has written it"
         stop = StopFlag(run_dir / "STOP")
@@ -69,97 +73,149 @@ def generate(run_dir: Path, attempt: int, console: Console) -> Outcome:
         heart.beat("loading")
         worker = (place.rank, place.world)
         progress = Progress(run_dir, attempt, plan, worker, heart, stop, console)
-        earlier = Earlier(run_dir) if launch.options.get("reuse_unchanged") else None
-        answerer = load_answerer(
-            recipe, plan, found[place.node_rank], place.device, progress.tick, earlier
-        )
+        answerer = load_answerer(run_dir, recipe, plan, found, place, progress.tick)
         stack.callback(console.close)
         console.start(plan.rows, progress.rows_before, "answering", "row")
 
         # 4. The parts: one's own share, what others have not begun, in the end what they have not
-        #    finished.
+        #    finished. The first worker makes one file of them.
         try:
             for part in progress.take():
                 with progress.working_on(part):
                     answered = answerer.answer(part)
                     parts.commit(run_dir, attempt, plan, part, *answered)
+            if place.rank == 0:
+                output = Path(recipe.output.path)
+                tally = merged(run_dir, attempt, plan, answerer, output, heart.beat, console.say)
         except Interrupted as asked:
             console.close()
             return stopped(run_dir, plan, str(asked))
-        if place.rank != 0:
-            return Outcome(runs.FINISHED, "finished", plan.parts)
-
-        # 5. The end: one file.
-        tally = merged(run_dir, recipe, plan, answerer, attempt, heart.beat, console.say)
-        console.close()
-        runs.write_atomically(run_dir / "summary.json", tally.to_json())
-        for line in describe(tally):
-            console.say(line)
-        took, view = (
-            timedelta(seconds=round(progress.seconds)),
-            Overview.read(run_dir, attempt, plan),
-        )
-        console.say(f"this attempt took {took}, {view.tokens_per_second:,.0f} tokens/s")
-        console.say(f"finished {run_dir}: the answers are in {recipe.output.path}")
+        if place.rank == 0:
+            console.close()
+            runs.write_atomically(run_dir / "summary.json", tally.to_json())
+            view = Overview.read(run_dir, attempt, plan)
+            took = timedelta(seconds=round(progress.seconds))
+            for line in (
+                *describe(tally),
+                f"this attempt took {took}, {view.tokens_per_second:,.0f} tokens/s",
+                f"finished {run_dir}: the answers are in {recipe.output.path}",
+            ):
+                console.say(line)
         return Outcome(runs.FINISHED, "finished", plan.parts)
 
 
 def prepare(
     run_dir: Path,
+    attempt: int,
     recipe: GenerateRecipe,
-    place: Place,
-    dtype: torch.dtype,
-    options: dict[str, Any],
+    launch: runs.Launch,
+    device: torch.device,
     say: Callable[[str], None],
+    first: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Make what the workers of a node need; on node 0, the plan as well. Raises UserError."""
-    first = place.node_rank == 0
-    cache = cache_folder(recipe.cache_dir)
-    index = inputs.index(recipe.input, cache, COLUMNS, say)
-    reuse = bool(options.get("reuse_unchanged"))
+    """Make what the workers of a node need; on the first node, the plan as well.
+
+    On others, `first` is what was made there. Raises UserError for wrong input, and where this node
+    sees something else than the first one.
+    """
+    cache, dtype = cache_folder(recipe.cache_dir), resolve_dtype(recipe.model.dtype, device)
+    index, sources = inputs.index(recipe.input, cache, tuple(merge.COLUMNS), say)
+    reuse = first is None and bool(launch.options.get("reuse_unchanged"))
+    located = find_model(run_dir, recipe, cache, dtype, launch, say, reuse=reuse, check=not first)
+    words, encoder = load_encoder(recipe, located.words)
+    converted = run_dir / parts.WEIGHTS / f"{located.identity[:16]}-{name_of(dtype)}"
+    found = {
+        "input": index.name,
+        "model": located.identity,
+        "template and tokenizer": encoder.prompt_fingerprint,
+        "places": {
+            "inputs": str(index),
+            "words": str(located.words),
+            "model": str(converted if located.checkpoint else located.folder),
+        },
+    }
+    if first is not None:
+        for key, value in found.items():
+            if key != "places" and value != first[key]:
+                raise UserError(
+                    f"{socket.gethostname()}: {key}: this node sees something else than the first "
+                    "one; give paths that are the same everywhere, and model.revision for a name "
+                    "on the hub"
+                )
+        return found
+    rows = Inputs(index)
+    tokens = vocabulary_size(words.tokenizer)
+    check_vocabulary(located, tokens, words.new_tokens, recipe.template, "template")
+    check_words(located, encoder, say, "template")
+    room_for(recipe, located.words)
+    refuse_wrong_columns(recipe, rows)
+    if recipe.output.path.lower().endswith(".parquet"):
+        merge.check_columns(rows, lambda phase: None)
+    output_file.made(run_dir, Path(recipe.output.path))
+    facts = {
+        **sources,
+        "model": located.identity,
+        "template and tokenizer": encoder.prompt_fingerprint,
+        "computed": f"in {dtype} on {device_name(device)}",
+        "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "settings": recipe.settings_fingerprint(),
+    }
+    if device.type == "cpu":
+        facts["threads"] = str(torch.get_num_threads())
+    size = parts.choose_part_rows(recipe.generate.part_rows, len(rows))
+    plan = Plan(len(rows), size, recipe.generate.num_samples, facts, str(located.folder))
+    parts.adopt(run_dir, plan, reuse=reuse, say=say)
+    if reuse:  # once: a restart goes on with this plan
+        options = {k: v for k, v in launch.options.items() if k != "reuse_unchanged"}
+        runs.write_launch(run_dir, replace(launch, options=options))
+    parts.remove_leftovers(run_dir, attempt)
+    if located.checkpoint:
+        converted.parent.mkdir(exist_ok=True)
+        ready(located, converted, dtype, say)
+    return found
+
+
+def find_model(
+    run_dir: Path,
+    recipe: GenerateRecipe,
+    cache: Path,
+    dtype: torch.dtype,
+    launch: runs.Launch,
+    say: Callable[[str], None],
+    *,
+    reuse: bool,
+    check: bool,
+) -> Located:
+    """Return where the model is: what this run has converted already, or what the recipe means.
+
+    `check` reads every byte of a checkpoint.
+    """
+    plan = parts.read_plan(run_dir)
+    if plan is not None and not reuse:
+        identity = plan.facts["model"]
+        converted = run_dir / parts.WEIGHTS / f"{identity[:16]}-{name_of(dtype)}"
+        if converted.is_dir():
+            return Located(converted, False, converted, None, cache / "digests", known=identity)
     path, step = parts.pinned(run_dir, recipe, reuse=reuse)
-    located = locate(
+    return locate(
         path,
         step,
         revision=recipe.model.revision,
-        verify="sha256" if first else "size",
-        trusting=bool(options.get("trust_checkpoint")),
+        verify="sha256" if check else "size",
+        trusting=bool(launch.options.get("trust_checkpoint")),
         memo=cache / "digests",
         say=say,
     )
-    folder = located.folder
-    if located.checkpoint:
-        folder = (
-            run_dir / parts.WEIGHTS / f"{located.identity[:16]}-{str(dtype).removeprefix('torch.')}"
-        )
-    found = {"inputs": str(index), "words": str(located.words), "model": str(folder)}
-    if first:
-        rows = Inputs(index)
-        words, encoder = load_encoder(recipe, located.words)
-        tokens = vocabulary_size(words.tokenizer)
-        check_vocabulary(located, tokens, words.new_tokens, recipe.template, "template")
-        check_words(located, encoder, say, "template")
-        room_for(recipe, located.words)
-        refuse_wrong_columns(recipe, rows)
-        if recipe.output.path.lower().endswith(".parquet"):
-            merge.check_columns(rows)
-        merge.refuse_strange(run_dir, Path(recipe.output.path))
-        facts = {
-            **inputs.fingerprints(recipe.input, cache),
-            "model": located.identity[:32],
-            "template and tokenizer": encoder.prompt_fingerprint[:32],
-            "computed": f"in {dtype} on {place.device.type}",
-            "settings": recipe.settings_fingerprint(),
-        }
-        if place.device.type == "cpu":
-            facts["threads"] = str(torch.get_num_threads())
-        size = parts.choose_part_rows(recipe.generate.part_rows, len(rows))
-        plan = Plan(len(rows), size, recipe.generate.num_samples, facts, str(located.folder))
-        parts.adopt(run_dir, plan, reuse=reuse, say=say)
-        if located.checkpoint:
-            folder.parent.mkdir(exist_ok=True)
-            ready(located, folder, dtype, say)
-    return found
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name as recipes have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes, as far as last bits depend on it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def load_encoder(recipe: GenerateRecipe, place: Path) -> tuple[Words, Encoder]:
@@ -203,27 +259,31 @@ def room_for(recipe: GenerateRecipe, words: Path) -> int | None:
 
 
 def load_answerer(
+    run_dir: Path,
     recipe: GenerateRecipe,
     plan: Plan,
     found: dict[str, Any],
-    device: torch.device,
+    place: Place,
     tick: Tick,
-    earlier: Earlier | None = None,
 ) -> Answerer:
     """Load model, tokenizer and index, as `prepare` found them on this node."""
-    words, encoder = load_encoder(recipe, Path(found["words"]))
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    folder = Path(found["model"])
+    places = {name: Path(path) for name, path in found["places"].items()}
+    words, encoder = load_encoder(recipe, places["words"])
+    dtype, folder = resolve_dtype(recipe.model.dtype, place.device), places["model"]
     engine: Engine
     if recipe.generate.engine == "vllm":
-        engine = VLLM(folder, encoder, recipe, dtype, tick)
+        engine = VLLM(folder, encoder, recipe, dtype, place.local_rank, tick)
     else:
         trusting = recipe.model.trust_remote_code
-        model = load(folder, dtype, device, name=recipe.model.path, trust_remote_code=trusting)
+        model = load(
+            folder, dtype, place.device, name=recipe.model.path, trust_remote_code=trusting
+        )
         text_of = partial(words.tokenizer.decode, skip_special_tokens=False)
         engine = HuggingFace(model, encoder, text_of, recipe, tick)
-    room = room_for(recipe, Path(found["words"]))
-    return Answerer(recipe, plan, Inputs(Path(found["inputs"])), encoder, engine, room, earlier)
+    reused = run_dir / earlier.FOLDER / "keys.npy"
+    kept = Earlier(run_dir) if reused.exists() else None
+    room = room_for(recipe, places["words"])
+    return Answerer(recipe, plan, Inputs(places["inputs"]), encoder, engine, room, kept)
 
 
 def stopped(run_dir: Path, plan: Plan, by: str) -> Outcome:
@@ -235,21 +295,23 @@ def stopped(run_dir: Path, plan: Plan, by: str) -> Outcome:
 
 def merged(
     run_dir: Path,
-    recipe: GenerateRecipe,
+    attempt: int,
     plan: Plan,
     answerer: Answerer,
-    attempt: int,
+    output: Path,
     beat: Callable[[str], None],
     say: Callable[[str], None],
 ) -> Tally:
     """Merge all parts; answer those again that are not what was written."""
-    while True:
-        try:
-            return merge.merge(run_dir, plan, answerer.inputs, Path(recipe.output.path), beat)
-        except parts.DamagedPart as damage:
-            say(f"{damage}; it is answered again")
-            parts.set_aside(run_dir, damage.part)
-            parts.commit(run_dir, attempt, plan, damage.part, *answerer.answer(damage.part))
+    try:
+        return merge.merge(run_dir, attempt, plan, answerer.inputs, output, beat)
+    except merge.Damaged as damage:
+        for problem in damage.problems:
+            say(f"{problem}; it is answered again")
+            parts.set_aside(run_dir, problem.part)
+            answered = answerer.answer(problem.part)
+            parts.commit(run_dir, attempt, plan, problem.part, *answered)
+    return merge.merge(run_dir, attempt, plan, answerer.inputs, output, beat)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dist_sft.sections import (
 )
 
 # What may differ when a run is continued: no answer depends on it.
-MAY_CHANGE = frozenset({"cache_dir", "output", "watchdog"})
+MAY_CHANGE = frozenset({"cache_dir", "output", "watchdog", "generate.on_error"})
 OUTPUTS = (".jsonl", ".parquet")
 
 

@@ -2,9 +2,10 @@
 
 An index is a folder, whole as soon as it has its final name, that is named by what it holds:
 
-    rows.jsonl     a JSON object per row; a row that is broken is [reason, message] instead
-    offsets.i64    row i is the bytes offsets[i] : offsets[i + 1]
-    meta.json      rows of each source, and the sizes of the files
+    rows.jsonl         a JSON object per row; a row that is broken is [reason, message] instead
+    offsets.i64        row i is the bytes offsets[i] : offsets[i + 1]
+    occurrences.u32    how many rows before this one are the same
+    meta.json          rows of each source, and the sizes of the files
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from dist_sft.digests import HashingFile, remembered_sha256
+from dist_sft.digests import remembered_sha256
 from dist_sft.errors import UserError
-from dist_sft.once import DamagedError, make_once
+from dist_sft.once import DamagedError, make_once, sync
 from dist_sft.row_fields import BadRow
 from dist_sft.sections import RowSource
 from dist_sft.sources import Source, content_hash, open_source
@@ -47,6 +49,8 @@ class Inputs:
             raise DamagedError(f"{folder}: the files have other sizes than were written")
         self._starts = [0, *accumulate(meta["rows"])]
         self._offsets = np.asarray(np.memmap(folder / "offsets.i64", "<i8", "r"))
+        self.occurrences = np.asarray(np.memmap(folder / "occurrences.u32", "<u4", "r"))
+        """How many rows before each are the same: uint32 [rows]."""
         self._text = np.asarray(np.memmap(folder / "rows.jsonl", "u1", "r"))
 
     def __len__(self) -> int:
@@ -69,26 +73,40 @@ class Inputs:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
 
+class Indexed(NamedTuple):
+    """An index, and what it was made from."""
+
+    folder: Path
+    fingerprints: dict[str, str]
+    """See `fingerprints`."""
+
+
 def fingerprints(sources: Sequence[RowSource], cache_dir: Path) -> dict[str, str]:
     """Return what names the content of each source, under its dotted path in the recipe.
 
     Needs no torch. A file that did not change is not read again. Raises UserError where there is
     no such source.
     """
+    return _fingerprints(sources, _open(sources), cache_dir)
+
+
+def _fingerprints(
+    given: Sequence[RowSource], sources: Sequence[Source], cache_dir: Path
+) -> dict[str, str]:
     digest = partial(remembered_sha256, folder=cache_dir / "digests")
     return {
-        f"input.{number}": f"{content_hash(source, digest)[:32]} {source_of.split}"
-        for number, (source_of, source) in enumerate(zip(sources, _open(sources), strict=True))
+        source.key: f"{one.path} {one.split} {content_hash(source, digest)[:32]}"
+        for one, source in zip(given, sources, strict=True)
     }
 
 
 def index(
-    sources: Sequence[RowSource],
+    given: Sequence[RowSource],
     cache_dir: Path,
     reserved: Iterable[str] = (),
     say: Callable[[str], None] = print,
-) -> Path:
-    """Return the folder of the index of these sources; read them where there is none yet.
+) -> Indexed:
+    """Return the index of these sources; read them where there is none yet.
 
     Call it once per node. Raises UserError for a source that cannot be read or holds no rows, and
     for a row that has one of the `reserved` columns.
@@ -97,16 +115,24 @@ def index(
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache_dir={cache_dir}: not a folder to write to: {error}") from error
-    named = json.dumps([FORMAT, sorted(reserved), fingerprints(sources, cache_dir)])
-    folder = cache_dir / f"input-{hashlib.sha256(named.encode()).hexdigest()[:32]}"
-    make_once(
-        folder,
-        make=lambda making: _write(making, _open(sources), frozenset(reserved)),
-        load=lambda: Inputs(folder),
-        what="the indexed input",
-        say=say,
-    )
-    return folder
+    sources = _open(given)
+    stamps = [source.stamps() for source in sources]  # before anything is read, hashing included
+    found = _fingerprints(given, sources, cache_dir)
+    contents = [name.split()[-2:] for name in found.values()]
+    named = hashlib.sha256(json.dumps([FORMAT, sorted(reserved), contents]).encode())
+    folder = cache_dir / f"input-{named.hexdigest()[:32]}"
+
+    def make(making: Path) -> None:
+        _write(making, sources, frozenset(reserved))
+        for source, before in zip(sources, stamps, strict=True):
+            if source.stamps() != before:
+                raise UserError(
+                    f"{source.key}.path={source.path}: changed while it was being read; start "
+                    "again when nothing writes to it"
+                )
+
+    make_once(folder, make=make, load=lambda: Inputs(folder), what="the indexed input", say=say)
+    return Indexed(folder, found)
 
 
 def _open(sources: Sequence[RowSource]) -> list[Source]:
@@ -117,28 +143,39 @@ def _open(sources: Sequence[RowSource]) -> list[Source]:
 
 
 def _write(folder: Path, sources: Sequence[Source], reserved: frozenset[str]) -> None:
-    counts, end = [], 0
+    counts: list[int] = []
+    names: list[npt.NDArray[np.uint64]] = []
+    end = 0
     with open(folder / "rows.jsonl", "wb") as text, open(folder / "offsets.i64", "wb") as ends:
-        rows_file, offsets = HashingFile(text), HashingFile(ends)
-        offsets.write(np.zeros(1, "<i8").tobytes())
+        ends.write(np.zeros(1, "<i8").tobytes())
         for source in sources:
-            stamps, counted = source.stamps(), 0
+            counts.append(0)
             for batch in source.batches(BATCH_ROWS):
                 lines = [_line(row, reserved, source.key) for row in batch.rows]
-                rows_file.write(b"".join(lines))
+                text.writelines(lines)
                 lengths = np.fromiter(map(len, lines), "<i8", len(lines))
-                offsets.write((end + np.cumsum(lengths)).astype("<i8").tobytes())
+                ends.write((end + np.cumsum(lengths)).astype("<i8").tobytes())
                 end += int(lengths.sum())
-                counted += len(lines)
-            if source.stamps() != stamps:
-                raise UserError(
-                    f"{source.key}.path={source.path}: changed while it was being read; start "
-                    "again when nothing writes to it"
-                )
-            counts.append(counted)
-        sizes = {"rows.jsonl": rows_file.finish()[0], "offsets.i64": offsets.finish()[0]}
-    meta = {"rows": counts, "sizes": sizes}
+                counts[-1] += len(lines)
+                digests = b"".join(hashlib.blake2b(line, digest_size=8).digest() for line in lines)
+                names.append(np.frombuffer(digests, "<u8"))
+    _occurrences(np.concatenate(names)).tofile(folder / "occurrences.u32")
+    files = ("rows.jsonl", "offsets.i64", "occurrences.u32")
+    for name in files:
+        sync(folder / name)
+    meta = {"rows": counts, "sizes": {name: (folder / name).stat().st_size for name in files}}
     (folder / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+
+
+def _occurrences(names: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Return for each name how many equal ones stand before it: uint32 [rows]."""
+    order = np.argsort(names, kind="stable")
+    ordered = names[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    run_starts = np.repeat(starts, np.diff(np.r_[starts, len(names)]))
+    counts = np.empty(len(names), "<u4")
+    counts[order] = np.arange(len(names)) - run_starts
+    return counts
 
 
 def _line(row: dict[str, Any] | BadRow, reserved: frozenset[str], key: str) -> bytes:

@@ -73,10 +73,7 @@ def is_finished(recipe: AnyRecipe, *, reuse: bool = False) -> bool:
 
 
 def _has_changed(recipe: AnyRecipe) -> bool:
-    """Tell whether a finished generation run was made from other rows or another model.
-
-    Raises UserError where they are not there any more.
-    """
+    """Tell whether a finished generation run was made from other rows or another model."""
     if recipe.job != "generate":
         return False
     from dist_sft import parts
@@ -85,15 +82,21 @@ def _has_changed(recipe: AnyRecipe) -> bool:
     from dist_sft.paths import cache_folder
 
     plan, cache = parts.read_plan(Path(recipe.run_dir)), cache_folder(recipe.cache_dir)
-    found = fingerprints(recipe.input, cache)
-    place, step = parts.pinned(Path(recipe.run_dir), recipe, reuse=False)
-    if Path(place).exists():  # what is on the hub is fetched for a run alone
-        model = locate(
-            place, step, verify="size", trusting=True, memo=cache / "digests",
-            say=lambda line: None,
-        )  # fmt: skip
-        found["model"] = model.identity[:32]
-    return plan is None or any(plan.facts.get(key) != value for key, value in found.items())
+    if plan is None:
+        return True
+    try:
+        found = fingerprints(recipe.input, cache)
+        model = Path(recipe.model.path)
+        # A checkpoint never changes, and what is on the hub is fetched for a run alone.
+        if model.exists() and Path(plan.model) == model:
+            told = locate(
+                str(model), verify="size", trusting=True, memo=cache / "digests",
+                say=lambda line: None,
+            )  # fmt: skip
+            found["model"] = told.identity
+    except UserError:  # it is not there any more, and nothing needs it
+        return False
+    return any(plan.facts.get(key) != value for key, value in found.items())
 
 
 def refuse(mistakes: list[str]) -> None:

@@ -42,6 +42,8 @@ class Located:
     """The training run that it is from, where that is known."""
     memo: Path
     """Folder that remembers the hashes of files."""
+    known: str | None = None
+    """Its identity, where that need not be found out."""
 
     @cached_property
     def identity(self) -> str:
@@ -49,6 +51,8 @@ class Located:
 
         Reads weights that are not a checkpoint's, once.
         """
+        if self.known is not None:
+            return self.known
         if self.checkpoint:
             return hashlib.sha256((self.folder / manifest.NAME).read_bytes()).hexdigest()
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())

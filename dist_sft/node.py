@@ -189,7 +189,7 @@ def run(run_dir: Path, attempt: int, nodes: int | None = None) -> int:
                     runs.write_outcome(run_dir, attempt, outcome)
             elif outcome.code != runs.STOPPED:
                 ended.report_silence(run_dir, attempt, outcome)
-    if outcome.code == runs.FINISHED and group.node_rank == 0:
+    if outcome.code == runs.FINISHED and group.nodes == 1:
         parts.clean_up(run_dir)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)

@@ -24,9 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_sft import runs
+from dist_sft import earlier, runs
 from dist_sft.digests import HashingFile
-from dist_sft.earlier import FOLDER
 from dist_sft.errors import UserError
 from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.once import sync
@@ -34,6 +33,7 @@ from dist_sft.once import sync
 LARGEST = 256  # rows; more make a batch no fuller, and more is lost with a worker
 SMALLEST = 64  # fewer leave places in a batch empty
 SPREAD = 8  # parts that a small input is cut into, so that workers can share it
+Step = Literal["newest", "best"] | int
 NAME = re.compile(r"part-(\d+)")
 FAILURES_LISTED = 20
 WEIGHTS = "weights"
@@ -70,7 +70,12 @@ class Plan:
 
     def difference(self, other: Plan) -> list[str]:
         """Return a line for everything in which another plan differs from this one."""
-        old, new = (asdict(plan) | {"facts": None} | plan.facts for plan in (self, other))
+        old, new = (
+            asdict(plan)
+            | plan.facts
+            | {"facts": None, "model": f"{plan.model} ({plan.facts.get('model', '')[:12]})"}
+            for plan in (self, other)
+        )
         return [
             f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
             for key in dict.fromkeys((*old, *new))
@@ -101,21 +106,20 @@ def write_plan(run_dir: Path, plan: Plan) -> None:
     runs.write_atomically(run_dir / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
 
 
-def pinned(
-    run_dir: Path, recipe: GenerateRecipe, *, reuse: bool
-) -> tuple[str, Literal["newest", "best"] | int]:
+def pinned(run_dir: Path, recipe: GenerateRecipe, *, reuse: bool) -> tuple[str, Step]:
     """Return where the model is, and which step of it.
 
     A run goes on with the checkpoint that it began with, although training has made newer ones, for
     as long as that is there; with `reuse`, it takes what the recipe says now.
     """
-    plan = read_plan(run_dir)
-    model = recipe.model
-    began_with = Path(plan.model) if plan and plan.model and not reuse else None
-    if began_with is None or model.step != "newest" or not began_with.exists():
+    plan, model = read_plan(run_dir), recipe.model
+    if plan is None or not plan.model or reuse:
         return model.path, model.step
-    of_this_run = Path(model.path).resolve() in began_with.resolve().parents
-    return (str(began_with), "newest") if of_this_run else (model.path, model.step)
+    began_with = Path(plan.model)
+    of_that_run = Path(model.path).resolve() in began_with.resolve().parents
+    if not (of_that_run and began_with.exists()):
+        return model.path, model.step
+    return str(began_with), "newest"
 
 
 def adopt(run_dir: Path, plan: Plan, *, reuse: bool, say: Callable[[str], None]) -> None:
@@ -125,21 +129,34 @@ def adopt(run_dir: Path, plan: Plan, *, reuse: bool, say: Callable[[str], None])
     plans must not be mixed.
     """
     old = read_plan(run_dir)
-    if old is not None and old != plan and (run_dir / "parts").exists():
+    if old is not None and old != plan:
         changes = "\n  ".join(old.difference(plan))
-        if not reuse:
+        if finished(run_dir) and not reuse:
             raise UserError(
                 f"run_dir: {run_dir} has answers that were made from something else (that -> this):"
                 f"\n  {changes}\nGive another run_dir and output.path, or go on with "
                 "--reuse-unchanged: then rows keep the answers that do not depend on what is "
                 "different"
             )
-        say(f"rows keep their answers where these do not depend on:\n  {changes}")
-        aside = run_dir / FOLDER
-        aside.mkdir(exist_ok=True)
-        (run_dir / "parts").rename(aside / f"{len(list(aside.iterdir())):03d}")
-    write_plan(run_dir, plan)
+        if finished(run_dir):
+            say(f"rows keep their answers where these do not depend on:\n  {changes}")
+            aside = run_dir / earlier.FOLDER
+            aside.mkdir(exist_ok=True)
+            number = sum(path.name.isdecimal() for path in aside.iterdir())
+            (run_dir / "parts").rename(aside / f"{number:03d}")
+    if reuse:
+        earlier.index(run_dir, say)
+    if old != plan:
+        (run_dir / "summary.json").unlink(missing_ok=True)
+        write_plan(run_dir, plan)
     (run_dir / "parts").mkdir(exist_ok=True)
+
+
+def remove_leftovers(run_dir: Path, attempt: int) -> None:
+    """Remove what killed workers of older attempts left half-written."""
+    for path in (run_dir / "parts").glob(".part-*.tmp"):
+        if int(path.name.split(".")[2]) < attempt:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- who answers what --------------------------------------------------------------------------
@@ -159,15 +176,25 @@ def folder_of(run_dir: Path, part: int) -> Path:
     return run_dir / "parts" / f"part-{part:05d}"
 
 
-def claim(run_dir: Path, attempt: int, part: int) -> bool:
-    """Begin a part; tell whether no other worker of this attempt has."""
-    folder = runs.attempt_dir(run_dir, attempt) / "claims"
-    folder.mkdir(exist_ok=True)
-    try:
-        os.close(os.open(folder / f"{part:05d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-    except FileExistsError:
-        return False
-    return True
+class Claims:
+    """Who has begun a part in this attempt: a file per part, that one worker can make."""
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self._folder = runs.attempt_dir(run_dir, attempt) / "claims"
+        self._folder.mkdir(exist_ok=True)
+
+    def there(self) -> set[int]:
+        """Return the parts that workers have begun."""
+        return {int(name) for name in os.listdir(self._folder)}
+
+    def make(self, part: int) -> bool:
+        """Begin a part; tell whether no other worker has."""
+        path = self._folder / f"{part:05d}"
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        return True
 
 
 def in_order(worker: int, workers: int, parts: int) -> Iterator[int]:
@@ -199,12 +226,6 @@ class Tally:
     """Rows that could not be answered, by what was wrong with them."""
     failures: list[tuple[int, str]] = field(default_factory=list)
     """The first few of them, with the words of their error."""
-
-    def count_line(self, reason: str, tokens: int) -> None:
-        """Count one output row."""
-        self.lines += 1
-        self.reasons[reason] += 1
-        self.generated_tokens += tokens
 
     def add(self, other: Tally) -> None:
         """Count the rows of another part, too."""

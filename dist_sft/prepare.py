@@ -45,7 +45,7 @@ def prepare_once(
     """
     words: list[Words] = []
 
-    def make() -> dict[str, Any]:
+    def make(_first: dict[str, Any] | None) -> dict[str, Any]:
         model = hub.on_disk(recipe.model, console.say)
         words.append(load_words(model, recipe.data.template))
         stores = data.prepare(recipe.data, words[0], console.say)
@@ -67,20 +67,26 @@ def once_per_node(
     attempt: int,
     place: Place,
     console: Console,
-    make: Callable[[], dict[str, Any]],
+    make: Callable[[dict[str, Any] | None], dict[str, Any]],
     nodes: Iterable[int],
+    *,
+    after_the_first: bool = False,
 ) -> dict[int, dict[str, Any]]:
     """Let the first rank of this node `make` something; return what these `nodes` have made.
 
-    What `make` returns is told to others as JSON. Raises what it raises, and RuntimeError when a
-    rank or node gives up meanwhile.
+    What `make` returns is told to others as JSON. `after_the_first`, other nodes begin when the
+    first one is done, and are given what it has made. Raises what `make` raises, and RuntimeError
+    when a rank or node gives up meanwhile.
     """
     folder = runs.attempt_dir(run_dir, attempt)
     files = {n: folder / f"data-{n}.json" for n in {*nodes, place.node_rank}}
     if place.local_rank == 0:
-        mine = files[place.node_rank]
+        mine, first = files[place.node_rank], None
+        if after_the_first and place.node_rank:
+            _wait_for(files[0], 0, run_dir, attempt, console)
+            first = json.loads(files[0].read_text(encoding="utf-8"))
         with _sign_of_life(_alive(mine)):
-            runs.write_atomically(mine, json.dumps(make()) + "\n")
+            runs.write_atomically(mine, json.dumps(make(first)) + "\n")
     for number, file in sorted(files.items()):
         _wait_for(file, number, run_dir, attempt, console)
     return {n: json.loads(file.read_text(encoding="utf-8")) for n, file in files.items()}

@@ -119,7 +119,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Return the time since it began."""
+        """Return the time since it began to answer."""
         return time.monotonic() - self._began
 
     def take(self) -> Iterator[int]:
@@ -129,12 +129,16 @@ class Progress:
         in the time that this worker needs for one: the first to finish counts, and both would give
         the same bytes.
         """
-        done = parts.finished(self._run_dir)
+        self._began = time.monotonic()
+        claims, taken, listed = parts.Claims(self._run_dir, self._attempt), set[int](), 0.0
         for part in parts.in_order(self._rank, self._workers, self._plan.parts):
-            if part not in done and parts.claim(self._run_dir, self._attempt, part):
+            if time.monotonic() - listed >= LOOK_SECONDS:
+                taken = claims.there() | parts.finished(self._run_dir)
+                listed = time.monotonic()
+                self._look()
+            if part not in taken and claims.make(part):
                 yield part
-            self._look()
-        since, pause = time.monotonic(), LOOK_SECONDS
+        since = time.monotonic()
         while True:
             began = time.monotonic()
             done = parts.finished(self._run_dir)
@@ -145,12 +149,11 @@ class Progress:
             self._look()
             self._tell()
             now = time.monotonic()
-            pause = max(LOOK_SECONDS, LISTING_SHARE * (now - began))
             if now - since > self._patience:
                 yield missing[self._rank % len(missing)]
                 since = time.monotonic()
             else:
-                time.sleep(pause)
+                time.sleep(max(LOOK_SECONDS, LISTING_SHARE * (now - began)))
 
     @contextlib.contextmanager
     def working_on(self, part: int) -> Iterator[None]:

@@ -24,6 +24,7 @@ from dist_sft.config import (
     read_config_json,
 )
 from dist_sft.errors import UserError
+from dist_sft.generate_recipe import GenerateRecipe
 
 FINISHED = 0
 FAILED = 1
@@ -204,10 +205,12 @@ def _is_in(key: str, section: str) -> bool:
 
 def _nothing_was_made(run_dir: Path) -> bool:
     """Tell whether every attempt ended without a step or a part; one may still be running."""
+    from dist_sft import parts
+
     ended = all(read_outcome(run_dir, attempt) for attempt in attempts(run_dir))
     metrics = run_dir / "metrics.jsonl"
     took_steps = metrics.exists() and metrics.stat().st_size > 0
-    made = took_steps or any((run_dir / name).exists() for name in ("checkpoints", "parts"))
+    made = took_steps or (run_dir / "checkpoints").exists() or parts.finished(run_dir)
     return ended and not made
 
 
@@ -321,8 +324,11 @@ def is_finished(recipe: AnyRecipe) -> bool:
     outcome = read_outcome(run_dir, newest)
     if outcome is None or outcome.code != FINISHED:
         return False
-    if recipe.job == "generate":
-        return Path(recipe.output.path).exists() and read_config_json(run_dir) == recipe
+    if isinstance(recipe, GenerateRecipe):
+        from dist_sft import output_file
+
+        is_this_one = difference(read_config_json(run_dir), recipe).get("output.path") is None
+        return is_this_one and output_file.is_whole(run_dir, Path(recipe.output.path))
     return not (is_longer(read_config_json(run_dir), recipe) or _end_moved_after(run_dir, newest))
 
 

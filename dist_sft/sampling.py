@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+ONE = 2**52  # what a float64 still counts by ones
 NUCLEUS = 512  # probabilities that are sorted first: mostly, top_p is among these
 
 
@@ -97,8 +98,9 @@ def _least_in_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     size = probabilities.shape[1]
     for count in (min(NUCLEUS, size), size):
         largest = probabilities.topk(count).values
-        before = largest.double().cumsum(-1) - largest
-        inside = before < top_p
+        shares = _fixed(largest)
+        before = shares.cumsum(-1) - shares
+        inside = before < top_p * ONE
         if count == size or not inside[:, -1].any():
             break
     return largest.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
@@ -109,9 +111,18 @@ def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
 
     -1 where the probabilities are no numbers.
     """
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = _fixed(probabilities).cumsum(-1)
     total = cumulative[:, -1:]
     # Rounding could make the product as large as the total, where no token follows.
-    below = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, below, right=True)
-    return tokens.where(total.isfinite(), -1)[:, 0]
+    below = torch.minimum((draws[:, None] * total).long(), total - 1)
+    tokens = torch.searchsorted(cumulative, below, right=True)[:, 0]
+    return tokens.where(probabilities.isfinite().all(-1), -1)
+
+
+def _fixed(probabilities: Tensor) -> Tensor:
+    """Return probabilities as whole numbers of 1 / `ONE`: int64.
+
+    Their sums are exact, so it does not matter in which order a GPU adds them; of floating-point
+    numbers torch has no cumulative sum there that is the same each time.
+    """
+    return (probabilities.double() * ONE).long()

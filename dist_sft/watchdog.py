@@ -22,7 +22,7 @@ FOLDER = "DIST_SFT_HEARTBEATS"
 """Name of the variable by which a node tells its ranks where to write."""
 DUMP_SIGNAL = signal.SIGUSR2
 DUMP_SECONDS = 3.0
-SLOW = ("joining", "loading", "saving", "exporting")
+SLOW = ("joining", "loading", "saving", "exporting", "merging")
 """Phases whose length depends on the size of the model, not of a micro-batch."""
 EARLY = ("preparing", "joining")
 """Phases in which there is nothing to save yet, and nobody looks whether to stop."""

@@ -6,17 +6,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_generation
-from test_generate import rows_in, work
+from generating import rows_in, work
 from tiny_generation import BROKEN, ROWS, output_of, write
 
 from dist_sft import runs
 from dist_sft.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tiny_generation.make(tmp_path_factory.mktemp("vllm"))
 
 
 class FakeLLM:

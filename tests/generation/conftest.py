@@ -1,0 +1,35 @@
+"""A tiny generation run, and what it gives when nobody disturbs it."""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny_generation
+from generating import work
+from tiny_generation import output_of, write
+
+from dist_sft import runs
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny_generation.make(tmp_path_factory.mktemp("generation"))
+
+
+@pytest.fixture(scope="session")
+def greedy(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return what nobody disturbed."""
+    path = write(recipe, tmp_path_factory.mktemp("greedy") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        assert work(path, patch).code == runs.FINISHED
+    return output_of(path.with_suffix("")).read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _no_signals_left() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
