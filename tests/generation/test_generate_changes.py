@@ -7,11 +7,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from generating import launch, rows_in, work
+import torch
+from generating import after, attempt, launch, rows_in, work
 from tiny_generation import ROWS, output_of, write
 
-from dist_sft import generate, parts, runs
+from dist_sft import generate, parts, progress, runs
 from dist_sft.config import read_recipe
+from dist_sft.console import Console
 from dist_sft.errors import UserError
 
 # ---- what has changed ----------------------------------------------------------------------------
@@ -120,3 +122,107 @@ def test_another_place_for_the_output_needs_no_new_answers(
     assert len(pq.read_table(tmp_path / "elsewhere.parquet")) == ROWS
     assert (parts.folder_of(run_dir, 3) / "rows.jsonl").stat().st_ino == inode
     assert output_of(run_dir).read_bytes() == greedy
+
+
+def test_each_of_rows_that_are_the_same_keeps_an_answer_of_its_own(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    same = [json.dumps({"prompt": "who?"})] * 20
+    prompts.write_text("\n".join(same) + "\n")
+    sections = {"input": [{"path": str(prompts)}], "cache_dir": str(tmp_path)}
+    drawn = {"temperature": 1.0, "num_samples": 2}
+    path = write(recipe, tmp_path / "run", generate=recipe["generate"] | drawn, **sections)
+    assert work(path, monkeypatch).code == runs.FINISHED
+    old = [row["generated"] for row in rows_in(output_of(tmp_path / "run").read_bytes())]
+    assert len(set(old)) > 30
+    prompts.write_text("\n".join([json.dumps({"prompt": "first?"}), *same, *same]) + "\n")
+    assert work(path, monkeypatch, "--reuse-unchanged").code == runs.FINISHED
+    new = [row["generated"] for row in rows_in(output_of(tmp_path / "run").read_bytes())]
+    assert new[2:42] == old, "those that were there keep theirs, though their places are others"
+    assert len(set(new)) > 60, "and new ones have none of theirs"
+
+
+def test_rows_that_could_not_be_answered_are_tried_again(
+    recipe: dict[str, Any], greedy: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(recipe, tmp_path / "run")
+    answer = generate.HuggingFace.answer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            generate.HuggingFace, "answer",
+            lambda self, requests: [
+                said._replace(reason="memory") if asked.row == 9 else said
+                for asked, said in zip(requests, answer(self, requests), strict=True)
+            ],
+        )  # fmt: skip
+        assert work(path, patch).code == runs.FINISHED
+    assert rows_in(output_of(tmp_path / "run").read_bytes())[9]["finish_reason"] == "error"
+    smaller = write(recipe, tmp_path / "run", generate={"batch_tokens": 200})
+    assert work(smaller, monkeypatch, "--reuse-unchanged").code == runs.FINISHED
+    new, old = rows_in(output_of(tmp_path / "run").read_bytes()), rows_in(greedy)
+    assert new[9]["finish_reason"] == old[9]["finish_reason"]
+    assert new[:9] + new[10:] == old[:9] + old[10:]
+
+
+def test_the_wish_to_reuse_counts_once(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart by a scheduler goes on with what the launch began, and does not look again."""
+    path, prompts = finished_run(recipe, tmp_path, monkeypatch)
+    run_dir = tmp_path / "run"
+    prompts.write_text(prompts.read_text() + '{"prompt": "one more"}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "LOOK_SECONDS", 0.0)
+        after(3, (run_dir / "STOP").touch, patch)
+        assert work(path, patch, "--reuse-unchanged").code == runs.STOPPED
+    (run_dir / "STOP").unlink()
+    assert "reuse_unchanged" not in runs.read_launch(run_dir).options
+    prompts.write_text(prompts.read_text() + '{"prompt": "and another"}\n')
+    with pytest.raises(UserError, match=f"rows: {ROWS + 1} -> {ROWS + 2}"):
+        attempt(run_dir, monkeypatch)
+    assert len(parts.finished(run_dir)) == 3
+
+
+def test_a_mistake_in_a_recipe_costs_no_run_folder(
+    recipe: dict[str, Any], greedy: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(recipe, tmp_path / "run", generate={"on_error": "stop", "part_rows": 50})
+    with pytest.raises(UserError, match=r"set generate\.on_error: record"):
+        work(path, monkeypatch)
+    runs.write_outcome(tmp_path / "run", 0, runs.Outcome(runs.WRONG_INPUT, "row 7", -1))
+    assert work(write(recipe, tmp_path / "run"), monkeypatch).code == runs.FINISHED
+    assert output_of(tmp_path / "run").read_bytes() == greedy
+
+
+def test_what_another_node_sees_must_be_the_same(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(recipe, tmp_path / "run")
+    assert work(path, monkeypatch).code == runs.FINISHED
+    run_dir, told = tmp_path / "run", Console(None).say
+    first = json.loads((runs.attempt_dir(run_dir, 0) / "data-0.json").read_text())
+    settings, launched = read_recipe(path), runs.read_launch(run_dir)
+    here = (run_dir, 0, settings, launched, torch.device("cpu"), told)
+    assert generate.prepare(*here, first) == first
+    for key in ("input", "model", "template and tokenizer"):
+        with pytest.raises(UserError, match=f": {key}: this node sees something else"):
+            generate.prepare(*here, first | {key: "x"})
+
+
+def test_a_finished_run_needs_nothing_but_its_output(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path, prompts = finished_run(recipe, tmp_path, monkeypatch)
+    run_dir = tmp_path / "run"
+    output_of(run_dir).write_text("somebody else's\n")
+    assert launch(path) == runs.WRONG_INPUT
+    assert "there is a file that this run did not make" in capsys.readouterr().err
+    output_of(run_dir).unlink()
+    assert work(path, monkeypatch).code == runs.FINISHED
+    prompts.rename(tmp_path / "gone.jsonl")
+    capsys.readouterr()
+    monkeypatch.setattr("dist_sft.preflight.missing_paths", lambda recipe: [])
+    assert launch(path) == runs.FINISHED
+    assert "is finished already" in capsys.readouterr().out

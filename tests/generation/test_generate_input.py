@@ -27,6 +27,9 @@ def nothing_is_half_written(run_dir: Path, suffix: str = ".jsonl") -> bool:
         ("[1]\n", "line 1 starts a JSON array"),
         ('{"prompt": "who?", "row": 3}\n', "rows have the column 'row', which the output needs"),
         ('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": "1"}\n', "do not fit into the columns"),
+        ('{"prompt": "a", "x": "\\ud800"}\n', "do not fit into the columns"),
+        (f'{{"prompt": "a", "x": {10**30}}}\n', "do not fit into the columns"),
+        ('{"prompt": "a", "x": {}}\n', "do not fit into a Parquet file"),
     ],
 )
 def test_input_that_cannot_be_answered_is_refused(

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from generating import rows_in
 
-from dist_sft import merge, parts
-
-# ---- parts ---------------------------------------------------------------------------------------
+from dist_sft import merge, output_file, parts, runs
+from dist_sft.errors import UserError
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
