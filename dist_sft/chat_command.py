@@ -87,11 +87,11 @@ def _chat(options: argparse.Namespace) -> int:
             raise UserError(f"--step: got {step}; allowed: best, or the step of a checkpoint")
         step = int(step)
     try:
-        with _loaded(options, step) as model:
-            from dist_sft.sampling import Sampling
+        model = _load(options, step)
+        from dist_sft.sampling import Sampling
 
-            sampling = Sampling(**settings.model_dump(include=set(SAMPLING)), seed=options.seed)
-            Chat(model, sampling, options.system).run()
+        sampling = Sampling(**settings.model_dump(include=set(SAMPLING)), seed=options.seed)
+        Chat(model, sampling, options.system).run()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -134,8 +134,7 @@ class Model(NamedTuple):
     """Tokens that it takes, prompt and answer together; None for any number."""
 
 
-@contextlib.contextmanager
-def _loaded(options: argparse.Namespace, step: Any) -> Iterator[Model]:
+def _load(options: argparse.Namespace, step: Any) -> Model:
     """Load everything; raises UserError for what cannot answer in this template."""
     import torch
     from transformers.utils import logging
@@ -175,13 +174,14 @@ def _loaded(options: argparse.Namespace, step: Any) -> Iterator[Model]:
     with _scratch(located, dtype) as scratch:
         folder = weights.ready(located, scratch / "weights", dtype, _say)
         model = weights.load(folder, dtype, device, name=options.model, trust_remote_code=trusting)
-        _say(f"{located.folder}: template {name}, {dtype} on {device.type}")
-        yield Model(model, encoder, text_of, positions(model.config.get_text_config()))
+    # The converted files have no names any more; for as long as they are mapped, they are there.
+    _say(f"{located.folder}: template {name}, {dtype} on {device.type}")
+    return Model(model, encoder, text_of, positions(model.config.get_text_config()))
 
 
 @contextlib.contextmanager
 def _scratch(located: Located, dtype: torch.dtype) -> Iterator[Path]:
-    """Make a folder for as long as it is needed. Raises UserError where weights find no room."""
+    """Make a folder while a model is loaded. Raises UserError where weights find no room."""
     shapes = located.facts.get("shapes", {})
     needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     with tempfile.TemporaryDirectory(prefix="dist_sft-") as folder:

@@ -16,6 +16,7 @@ from dist_sft.chat import Encoder
 from dist_sft.errors import UserError
 from dist_sft.export import export, fill
 from dist_sft.locate import Located, Step, check_vocabulary, locate
+from dist_sft.manifest import DamagedCheckpoint
 from dist_sft.model import load_pretrained
 from dist_sft.once import DamagedError, make_once
 
@@ -42,14 +43,23 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
 def ready(located: Located, out: Path, dtype: torch.dtype, say: Callable[[str], None]) -> Path:
     """Return the folder to load: the one that was located, or `out`, to which it is converted.
 
-    Whoever comes first converts, others wait for it. Whoever removes `out`, removes `out`.lock too.
+    Whoever comes first converts, others wait for it. Raises UserError where the run that the
+    checkpoint is from removes it meanwhile.
     """
     if not located.checkpoint:
         return located.folder
 
     def make(unfinished: Path) -> None:
         say(f"converting {located.folder} to {dtype}")
-        fill(unfinished, located.folder, dtype)
+        try:
+            fill(unfinished, located.folder, dtype)
+        except (OSError, DamagedCheckpoint):
+            if located.folder.exists():
+                raise
+            raise UserError(
+                f"{located.folder} was removed while it was read: its run goes on, and keeps the "
+                "newest only (checkpoint.keep, checkpoint.keep_every). Take another one"
+            ) from None
 
     def found() -> Path:
         if not out.is_dir():

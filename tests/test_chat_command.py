@@ -192,14 +192,16 @@ def test_what_could_steer_a_terminal_is_not_printed() -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return a command that answers without end."""
+    """Return a command whose model says x without end."""
     model = tiny_model(
         "llama", vocab_size=400, tie_word_embeddings=False, max_position_embeddings=10**6
     )
-    (end,) = encoder_of("alpaca").stop_ids
-    model.lm_head.weight.data.abs_()
-    model.model.norm.weight.data.fill_(1.0)
-    model.lm_head.weight.data[end] = -1e3 * model.lm_head.weight.data.mean(0)
+    for weight in model.parameters():
+        weight.data.zero_()
+    (x,) = pad_is_eos()("x", add_special_tokens=False).input_ids
+    for weight in (model.model.embed_tokens.weight, model.model.norm.weight):
+        weight.data.fill_(1.0)
+    model.lm_head.weight.data[x] = 1.0
     run = tmp_path_factory.mktemp("endless") / "run"
     folder = write_checkpoint(run, 5, model, template="alpaca")
     return [sys.executable, "-m", "dist_sft.cli", "chat", str(folder), "--max-new-tokens", "100000"]

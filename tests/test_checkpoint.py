@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from dist_sft import manifest, shards
+from dist_sft import manifest, shards, weights
 from dist_sft.model import DTYPES
 from dist_sft.pieces import Reader
 
@@ -224,6 +224,22 @@ def test_exported_model_has_the_weights(cell: Cell, folder: str, outcomes: Outco
     assert all(torch.equal(p, trained[name]) for name, p in exported.named_parameters())
     tied = exported.lm_head.weight is exported.model.embed_tokens.weight
     assert tied == (cell.model == "tied")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cell", CELLS + OTHERS, ids=str)
+def test_weights_to_answer_with_are_those_of_the_checkpoint(
+    cell: Cell, dtype: str, outcomes: Outcomes, tmp_path: Path
+) -> None:
+    run_dir = outcomes.folder / str(cell)
+    located = weights.locate(str(manifest.folder_of(run_dir, 3)), memo=tmp_path, say=print)
+    folder = weights.ready(located, tmp_path / "weights", DTYPES[dtype], print)
+    model = weights.load(folder, DTYPES[dtype], torch.device("cpu"))
+    state = outcomes.saved[cell].state
+    names = dict(model.named_parameters())
+    assert len(names) == sum(key.endswith("|fp32") for key in state)
+    for name, weight in names.items():
+        assert torch.equal(weight, state[f"{name}|fp32"].to(weight.dtype)), name
 
 
 @pytest.mark.parametrize("loading", LOADINGS, ids=str)

@@ -54,6 +54,7 @@ def results(
     folder = tmp_path_factory.mktemp("examined")
     cells = FULL + HALF
     job = make_job(folder, models, cells, prompts=PROMPTS, **HOW)
+    job["optimizer"] |= {"lr": 0.03, "warmup_steps": 0}  # other answers after four steps
     (folder / "job.json").write_text(json.dumps(job))
     files = (folder / "job.json", folder / "out.json")
     run_ranks(PROGRAM, *files, world=2, log_dir=folder, seconds=600)

@@ -30,10 +30,13 @@ from tiny_recipe import LLAMA
 from tiny_tokenizers import pad_is_eos
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_sft import manifest, report, runs, verify_resume
+from dist_sft import manifest, report, runs, verify_resume, weights
+from dist_sft.chat import Encoder
 from dist_sft.cli import main
+from dist_sft.generate_recipe import GenerateModel
 from dist_sft.pieces import Reader
 from dist_sft.rollback import read_rollbacks
+from dist_sft.tokenizer import load_words, vocabulary_size
 from dist_sft.watchdog import FOLDER
 
 
@@ -110,6 +113,27 @@ def test_the_run_folder_is_complete(finished: tuple[Path, Path, str]) -> None:
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert str(run_dir) in out.splitlines()[-1]
     assert not [path for path in run_dir.rglob("*.tmp")]
+
+
+def test_a_checkpoint_answers_as_what_was_exported_from_it(
+    finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    _, run_dir, _ = finished
+    said: list[str] = []
+    located = weights.locate(str(run_dir), memo=tmp_path, say=said.append)
+    assert located.folder == manifest.folder_of(run_dir, 7)
+    assert located.template == "human-assistant"
+    place = GenerateModel(path=str(located.words))
+    words = load_words(place, located.template)
+    weights.check_words(located, Encoder(words.template, words.tokenizer), said.append, "template")
+    weights.check_vocabulary(
+        located, vocabulary_size(words.tokenizer), words.new_tokens, "", "template"
+    )
+    assert len(said) == 1, said
+    folder = weights.ready(located, tmp_path / "weights", torch.float32, said.append)
+    ours, exported = (load_file(x / "model.safetensors") for x in (folder, run_dir / "model"))
+    assert ours.keys() == exported.keys()
+    assert all(torch.equal(ours[name], exported[name]) for name in ours)
 
 
 def test_the_exported_model_is_the_trained_one(finished: tuple[Path, Path, str]) -> None:

@@ -403,6 +403,21 @@ def test_it_is_converted_once(run_dir: Path, find: Any, tmp_path: Path) -> None:
     assert ready(plain, tmp_path / "other", torch.bfloat16, said.append) == out
 
 
+@pytest.mark.parametrize("file", ["rank-00001.safetensors", "manifest.json"])
+def test_a_checkpoint_that_its_run_removes_meanwhile(
+    file: str, run_dir: Path, find: Any, tmp_path: Path
+) -> None:
+    found, out = find(run_dir), tmp_path / "weights"
+    (found.folder / file).unlink()
+    with pytest.raises((OSError, manifest.DamagedCheckpoint)):
+        ready(found, out, torch.float32, find.said.append)
+    shutil.rmtree(found.folder)
+    with pytest.raises(UserError) as refused:
+        ready(found, out, torch.float32, find.said.append)
+    assert str(refused.value).startswith(f"{found.folder} was removed while it was read: its run")
+    assert [path.name for path in tmp_path.glob("weights*")] == ["weights.lock"]
+
+
 def test_damage_that_only_sizes_were_checked_for(run_dir: Path, tmp_path: Path) -> None:
     folder = manifest.folder_of(run_dir, 10)
     file = folder / "rank-00000.safetensors"
