@@ -1,5 +1,6 @@
-"""The SLURM cluster that tests share, and folders for its users."""
+"""What tests on clusters share: SLURM, folders for its users, a run that nobody disturbs."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, slurm_cluster, unavailable
+from slurm_run import make_slow, run_here
 
 
 @contextmanager
@@ -59,3 +61,24 @@ def everyones_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="everyones-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the recipe of the tests on this machine, undisturbed; once for all of xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_dir = folder / "undisturbed/run"
+        if not (run_dir / "model").exists():
+            run_dir.parent.mkdir(exist_ok=True)
+            run_here(make_slow(run_dir.parent, "run", attempts=0))
+    return run_dir
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write the recipe, slow in its first attempt; the path of its run folder has a space."""
+    return make_slow(tmp_path, "the run")
