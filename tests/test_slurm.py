@@ -116,6 +116,34 @@ def test_what_would_break_a_run_is_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--worker-per-node=8", "--workers-per-node"),
+        ("--node=2", "--nodes"),
+        ("--exclude-bad-node", "--exclude-bad-nodes"),
+        ("--restart=0", "--restarts"),
+        ("--dryrun", "--dry-run"),
+        ("--no-putback", "--no-put-back"),
+    ],
+)
+def test_what_is_nearly_ours_is_not_sbatchs(
+    given: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert slurm.main(["train", "recipe.yaml", *SIZE, given]) == runs.WRONG_INPUT
+    assert capsys.readouterr().err == (
+        f"{given.partition('=')[0]}: no option of launch/slurm.py; did you mean {meant}?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "option", ["--nodelist", "--sockets-per-node", "--cores-per-socket", "--nodefile", "--prefer"]
+)
+def test_what_sbatch_has_is_not_taken_for_a_mistake(option: str) -> None:
+    words = ["train", "r.yaml", option, "2"]
+    assert slurm_options.split(words, slurm_options.parser()) == (words[:2], words[2:])
+
+
 def test_a_dry_run_prints_what_would_be_used(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,7 +260,7 @@ def test_a_time_limit_that_the_lead_uses_up_is_refused(
     time: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert slurm.main(["train", "recipe.yaml", *SIZE, *time, "--dry-run"]) == code
-    assert ("--time: 5 leaves no time to train" in capsys.readouterr().err) == bool(code)
+    assert ("--time: 5 leaves no time to work" in capsys.readouterr().err) == bool(code)
 
 
 def test_a_submission_that_slurm_refuses_changes_nothing(
