@@ -33,8 +33,8 @@ test-faults: install
 	$(PYTEST) -m "not gpu" -q tests/faults
 
 test-clusters: install
-	$(PYTEST) -m "not gpu" -q -n 2 --dist worksteal tests/clusters -k "not ray"
-	$(PYTEST) -m "not gpu" -q tests/clusters -k ray
+	$(PYTEST) -m "not gpu" -q -n 4 --dist worksteal $(wildcard tests/clusters/test_slurm*.py)
+	$(PYTEST) -m "not gpu" -q $(wildcard tests/clusters/test_ray*.py)
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q

@@ -84,6 +84,8 @@ def test_a_python_without_dist_sft_says_so(launcher: str) -> None:
     assert done.returncode == 2
     first, *rest = done.stderr.splitlines()
     version = ".".join(map(str, sys.version_info[:2]))
-    assert first == f"{sys.executable} (Python {version}) cannot run this: No module named 'dist_sft'"
+    assert (
+        first == f"{sys.executable} (Python {version}) cannot run this: No module named 'dist_sft'"
+    )
     assert rest[0].startswith("Activate the environment that dist_sft is installed in.")
     assert ".venv" in rest[1]
