@@ -266,7 +266,7 @@ def test_what_a_checkpoint_takes_that_answers(tmp_path: Path, dtype: str, size: 
         told = {"format": manifest.FORMAT, "step": step, "files": {}}
         manifest.write(folder, {**told, "shapes": {"a": [rows, 3], "b": [7]}})
     assert preflight.weights_bytes(recipe) == size * (3 * 10**15 + 7)
-    assert list(roll_call.too_full(tmp_path, recipe))[0].endswith(
+    assert next(roll_call.too_full(tmp_path, recipe)).endswith(
         f"GB, and the weights of {tmp_path}/trained need {size * 3e6:.1f} GB"
     )
     chosen = recipe.model.model_copy(
