@@ -63,18 +63,24 @@ def everyones_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@contextmanager
+def common(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Give a folder that all of xdist's workers have in common, to one of them at a time."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the recipe of the tests on this machine, undisturbed; once for all of xdist's workers."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    with open(folder / "undisturbed.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run_dir = folder / "undisturbed/run"
+    """Run the recipe of the tests on this machine, undisturbed."""
+    with common(tmp_path_factory, "undisturbed") as folder:
+        run_dir = folder / "run"
         if not (run_dir / "model").exists():
-            run_dir.parent.mkdir(exist_ok=True)
-            run_here(make_slow(run_dir.parent, "run", attempts=0))
+            run_here(make_slow(folder, "run", attempts=0))
     return run_dir
 
 

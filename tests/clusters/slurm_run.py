@@ -14,7 +14,7 @@ import tiny_recipe
 from launching import ROOT, read
 from slurm_cluster import Cluster
 
-from dist_sft import manifest, report, runs, verify_resume
+from dist_sft import manifest, parts, report, runs, verify_resume
 
 STEPS, EVERY = 600, 50  # a dozen milliseconds each: long enough to be disturbed
 SLOW_STEPS, SLOW_EVERY = 200, 20  # of a run that is as slow as a test needs it
@@ -43,6 +43,10 @@ class Submitted(NamedTuple):
 
     def wait_for_step(self, step: int, seconds: float = 60) -> None:
         self.wait_until(lambda: (self.steps() or [0])[-1] >= step, f"step {step}", seconds)
+
+    def wait_for_parts(self, count: int) -> None:
+        """Wait until so many parts of a generation run are finished."""
+        self.wait_until(lambda: len(parts.finished(self.run_dir)) >= count, f"{count} parts")
 
     def wait_until(self, happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -110,11 +114,16 @@ def launch(
 
 
 def submit(
-    cluster: Cluster, recipe: Path, *options: str, nodes: str = "2", workers: int = 1
+    cluster: Cluster,
+    recipe: Path,
+    *options: str,
+    nodes: str = "2",
+    workers: int = 1,
+    job: str = "train",
 ) -> Submitted:
     """Submit a recipe with so many workers on each of its nodes."""
     size = ("--nodes", nodes, f"--workers-per-node={workers}")
-    return told(cluster, recipe, launch(cluster, "train", recipe, *size, *options).stdout)
+    return told(cluster, recipe, launch(cluster, job, recipe, *size, *options).stdout)
 
 
 def told(cluster: Cluster, recipe: Path, text: str) -> Submitted:
@@ -134,9 +143,9 @@ def by_hand(cluster: Cluster, run_dir: Path, *options: str) -> Submitted:
     return Submitted(cluster, run_dir, job)
 
 
-def run_here(recipe: Path, workers: int = 2) -> Path:
+def run_here(recipe: Path, workers: int = 2, job: str = "train") -> Path:
     """Run a recipe by `launch/local.py`, undisturbed."""
-    command = [sys.executable, "launch/local.py", "train", str(recipe), "--workers", str(workers)]
+    command = [sys.executable, "launch/local.py", job, str(recipe), "--workers", str(workers)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, capture_output=True, timeout=240
     )
