@@ -1,6 +1,5 @@
 """What tests on clusters share: SLURM, folders for its users, a run that nobody disturbs."""
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, slurm_cluster, unavailable
-from slurm_run import make_slow, run_here
+from slurm_run import common, make_slow, run_here
 
 
 @contextmanager
@@ -61,17 +60,6 @@ def everyones_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="everyones-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
-
-
-@contextmanager
-def common(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
-    """Give a folder that all of xdist's workers have in common, to one of them at a time."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
 
 
 @pytest.fixture(scope="session")

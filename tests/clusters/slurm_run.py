@@ -1,15 +1,18 @@
 """A small run on the test cluster: submitted, disturbed, watched, compared."""
 
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import tiny_recipe
 from launching import ROOT, read
 from slurm_cluster import Cluster
@@ -151,6 +154,17 @@ def run_here(recipe: Path, workers: int = 2, job: str = "train") -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return recipe.with_suffix("")
+
+
+@contextmanager
+def common(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Give a folder that all of xdist's workers have in common, to one of them at a time."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 def stopped(run: Submitted, attempt: int) -> runs.Outcome:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny_generation
-from conftest import common
 from slurm_cluster import Cluster
-from slurm_run import Submitted, launch, run_here, slow, status, submit
+from slurm_run import Submitted, common, launch, run_here, slow, status, submit
 from tiny_generation import ROWS, output_of, write
 
 from dist_sft import parts, runs
@@ -135,8 +134,9 @@ def test_a_sweep_has_answers_of_each_run(slurm: Cluster, tmp_path: Path) -> None
     folders = [tmp_path / f"sweep/seed={seed}" for seed in (1, 2)]
     outputs = [output_of(tmp_path / "sweep").with_stem(f"sweep-answers-seed={n}") for n in (1, 2)]
     array = Submitted(slurm, folders[0], 0)
-    for folder in folders:
-        array.wait_until(lambda: runs.is_finished(read_config_json(folder)), str(folder), 120)
+    array.wait_until(
+        lambda: all(runs.is_finished(read_config_json(folder)) for folder in folders), "both", 120
+    )
     told = [path.read_bytes() for path in outputs]
     assert [text.count(b"\n") for text in told] == [ROWS, ROWS]
     assert told[0] != told[1]
