@@ -32,7 +32,7 @@ def shared_slurm() -> Iterator[Cluster]:
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rich_slurm() -> Iterator[Cluster]:
     """Start 3 nodes with GPUs, accounting, and no signal at a preemption but TERM."""
     conf = "KillWait=10"
