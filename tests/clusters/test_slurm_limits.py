@@ -29,6 +29,10 @@ def move_end(run: Submitted, seconds: int) -> None:
     run.cluster.run("scontrol", "update", f"JobId={run.job}", f"EndTime=now+{seconds}")
 
 
+def have_time(run: Submitted) -> None:
+    run.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+
+
 def preempt(run: Submitted, nodes: int) -> None:
     """Let a job of a higher partition take all nodes for a moment."""
     run.wait_for_step(DISTURBED)
@@ -59,7 +63,7 @@ def test_a_job_whose_time_is_up_without_a_warning_is_put_back(
     run.wait_until(lambda: rich.show(run.job)["Restarts"] == "2", "a third start", 120)
     told = run.log.partition("attempt 1: ")[2]
     assert "not all workers have ended in time; the job ends without them" in told
-    rich.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    have_time(run)
     run.finish()
     check_like(whole, run, attempts=3)
 
@@ -75,7 +79,7 @@ def test_a_job_whose_time_is_up_is_put_back(slurm: Cluster, whole: Path, recipe:
     run.wait_for_step(DISTURBED)
     move_end(run, 45)
     run.wait_for_restart()
-    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+    have_time(run)
     assert stopped(run, 0).asked_by == "signal SIGUSR1"
     run.finish()
     check_like(whole, run, attempts=2)
@@ -86,11 +90,13 @@ def test_a_worker_that_cannot_save_in_time_is_not_waited_for(
     slurm: Cluster, whole: Path, recipe: Path
 ) -> None:
     launch(slurm, "train", recipe, "--nodes=2", "--workers-per-node=1", "--prepare")
-    run = by_hand(slurm, recipe.with_suffix(""), "--time=1", "--signal=B:CONT@1")
+    run = by_hand(slurm, recipe.with_suffix(""), "--signal=B:CONT@1")
     run.wait_for_step(DISTURBED)
     slurm.run("sh", "-c", STOP_WORKERS, on="n2")
+    move_end(run, 30)
     run.signal("USR1")
     run.wait_for_restart()
+    have_time(run)
     assert "not all workers have ended in time; the job ends without them" in run.log
     run.finish()
     check_like(whole, run, attempts=2)
