@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# These wait for SLURM more than they compute.
+ON_SLURM := -n 4 --dist worksteal $(sort $(wildcard tests/clusters/test_slurm*.py))
 SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
@@ -24,7 +26,8 @@ install: .venv/installed-dev
 
 test: install lint
 	$(PYTEST) -m "not slow and not gpu" -q
-	$(PYTEST) -m "slow and not matrix" -q
+	$(PYTEST) -m "slow and not matrix" -q --ignore-glob='tests/clusters/test_slurm*'
+	$(PYTEST) -m "slow and not matrix" -q $(ON_SLURM)
 
 test-core: install
 	$(PYTEST) -m "not slow and not gpu" -q
@@ -33,8 +36,8 @@ test-faults: install
 	$(PYTEST) -m "not gpu" -q tests/faults
 
 test-clusters: install
-	$(PYTEST) -m "not gpu" -q -n 2 --dist worksteal tests/clusters -k "not ray"
-	$(PYTEST) -m "not gpu" -q tests/clusters -k ray
+	$(PYTEST) -m "not gpu" -q $(ON_SLURM)
+	$(PYTEST) -m "not gpu" -q $(sort $(wildcard tests/clusters/test_ray*.py))
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q

@@ -30,7 +30,8 @@ FILE = "slurm.json"
 GOES_ON = frozenset({"CONFIGURING", "RESIZING", "RUNNING", "SIGNALING", "STOPPED", "SUSPENDED"})
 """States of a job that nobody is ending."""
 DEFAULT_RESTARTS = 3
-"""How many starts of a job in a row may bring no new checkpoint, where the launch does not say."""
+"""How many starts of a job in a row may bring no new checkpoint or part, where the launch does not
+say."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
 
 
 def why_to_give_up(run_dir: Path, job: str) -> str | None:
-    """Say why a job should not start again: too many of its last attempts brought no checkpoint."""
+    """Say why a job should not start again: too many of its last attempts brought nothing."""
     restarts = runs.read_launch(run_dir).options.get("restarts", DEFAULT_RESTARTS)
     fruitful = _fruitful(run_dir)
     in_vain = []
@@ -168,8 +169,9 @@ def why_to_give_up(run_dir: Path, job: str) -> str | None:
         return None
     outcome = runs.read_outcome(run_dir, in_vain[0])
     last = outcome.reason if outcome else "it ended without a word, as when its node dies"
+    what = "checkpoint" if read_config_json(run_dir).job == "train" else "part"
     return (
-        f"gave up: {len(in_vain)} attempts of job {job} in a row brought no new checkpoint "
+        f"gave up: {len(in_vain)} attempts of job {job} in a row brought no new {what} "
         f"(--restarts: {restarts}). The last one: {last}"
     )
 

@@ -282,7 +282,7 @@ def reconstruct(run_dir: Path, attempt: int, ended: _Ended, relay: Relay) -> run
         return blamed
     if relay.received is not None:
         name = relay.received.name
-        reason = f"stopped by signal {name} before the workers could write a checkpoint"
+        reason = f"stopped by signal {name} before the workers had anything to save"
         return runs.Outcome(runs.STOPPED, reason, -1, asked_by=f"signal {name}")
     if ended.returncode == 0 and ended.group.node_rank != 0:
         reason = "this node's workers have finished, but rank 0 on node 0 has not said how it went"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dist_sft import manifest
 from dist_sft.config import AnyRecipe, Recipe
+from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.paths import FILE_TYPES, is_local, near_matches
 from dist_sft.sections import RowSource
 
@@ -51,16 +52,13 @@ def path_mistakes(recipe: AnyRecipe) -> list[str]:
     return mistakes
 
 
-def checkpoint_bytes(recipe: AnyRecipe) -> int | None:
+def checkpoint_bytes(recipe: Recipe) -> int | None:
     """Predict the size of a checkpoint: weights and two moments in float32, 12 bytes a parameter.
 
     The number of parameters is in the headers of the model's safetensors files
     (https://huggingface.co/docs/safetensors). Where the run has a checkpoint, its size is known.
-    None where neither is there: a model of the hub that is not here yet, or that is only a config;
-    and where nothing is trained.
+    None where neither is there: a model of the hub that is not here yet, or that is only a config.
     """
-    if not isinstance(recipe, Recipe):
-        return None
     known = manifest.folders(Path(recipe.run_dir))
     if known:
         return sum(path.stat().st_size for path in known[max(known)].iterdir())
@@ -74,6 +72,26 @@ def checkpoint_bytes(recipe: AnyRecipe) -> int | None:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         elements += sum(math.prod(x["shape"]) for k, x in header.items() if k != "__metadata__")
     return 12 * elements or None
+
+
+def weights_bytes(recipe: GenerateRecipe) -> int | None:
+    """Return what a checkpoint that answers takes at least, converted in the run folder.
+
+    None where there is nothing to convert, or where it has been: other models are read as they are.
+    """
+    folder = Path(recipe.model.path)
+    if manifest.step_of(folder) is None:
+        found = manifest.folders(folder)
+        if not found:
+            return None
+        folder = found[max(found)]
+    if any(Path(recipe.run_dir, "weights").glob("*/config.json")):
+        return None
+    try:
+        shapes = manifest.read(folder)["shapes"].values()
+    except manifest.DamagedCheckpoint:  # who answers will say so
+        return None
+    return (4 if recipe.model.dtype == "float32" else 2) * sum(map(math.prod, shapes))
 
 
 def machine_mistakes(

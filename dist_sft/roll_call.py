@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import __version__, runs
-from dist_sft.config import AnyRecipe
-from dist_sft.preflight import checkpoint_bytes, machine_mistakes
+from dist_sft.config import AnyRecipe, Recipe
+from dist_sft.preflight import checkpoint_bytes, machine_mistakes, weights_bytes
 
 SECONDS = 180.0  # what nodes get to appear; a container may have to be unpacked first
 CONNECT_SECONDS = 30.0  # what the way to the first node gets, which listens already
@@ -261,7 +261,7 @@ def _way_to(address: tuple[str, int]) -> str | None:
 def _too_few_gpus(workers: int, gpus: int) -> Iterator[str]:
     """Say where workers would share GPUs, take those of others, or run on CPUs beside GPUs.
 
-    An empty CUDA_VISIBLE_DEVICES is the wish to train on CPUs.
+    An empty CUDA_VISIBLE_DEVICES is the wish to work on CPUs.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return
@@ -276,22 +276,23 @@ def _too_few_gpus(workers: int, gpus: int) -> Iterator[str]:
         yield (
             f"this node has {there} GPUs, and the job may use none of them: ask for them "
             f"(--gpus-per-node={there}), or put `export CUDA_VISIBLE_DEVICES=` into the site file "
-            "to train on CPUs"
+            "to work on CPUs"
         )
 
 
 def too_full(run_dir: Path, recipe: AnyRecipe) -> Iterator[str]:
-    """Say where there is no room for a checkpoint."""
+    """Say where there is no room for a checkpoint, or for one that is converted to answer."""
     try:
-        needed, free = checkpoint_bytes(recipe), shutil.disk_usage(run_dir).free
+        if isinstance(recipe, Recipe):
+            what, needed = "one checkpoint needs", checkpoint_bytes(recipe)
+        else:
+            what, needed = f"the weights of {recipe.model.path} need", weights_bytes(recipe)
+        free = shutil.disk_usage(run_dir).free
     except OSError as error:
         yield f"{run_dir}: {error.strerror}"
         return
     if needed is not None and free < needed:
-        yield (
-            f"{run_dir} has room for {free / 1e9:.1f} GB, and one checkpoint needs "
-            f"{needed / 1e9:.1f} GB"
-        )
+        yield (f"{run_dir} has room for {free / 1e9:.1f} GB, and {what} {needed / 1e9:.1f} GB")
 
 
 def _version(name: str) -> str:

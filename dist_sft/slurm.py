@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import launching, lease, preflight, runs, slurm_options, slurm_queue
-from dist_sft.config import AnyRecipe, read_config_json, read_recipe
+from dist_sft.config import AnyRecipe, Recipe, read_config_json, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.slurm_options import CPUS, GPUS
 from dist_sft.slurm_queue import SWEEP, jobs_of, states_of
@@ -191,10 +191,12 @@ def write(plan: Plan) -> None:
 def sweep(options: argparse.Namespace) -> tuple[Path, list[argparse.Namespace]]:
     """Return the run folder, or that of the sweep, and the options of every run.
 
-    A sweep's runs are folders in the recipe's run_dir, with names that say what is different.
+    A sweep's runs are folders in the recipe's run_dir, with names that say what is different; so do
+    the names of their answers.
     """
     words = [f"job={options.job}", *options.overrides]
-    where = Path(read_recipe(options.recipe, words).run_dir)
+    recipe = read_recipe(options.recipe, words)
+    where = Path(recipe.run_dir)
     if not options.sweep:
         return where, [options]
     axes = []
@@ -207,6 +209,10 @@ def sweep(options: argparse.Namespace) -> tuple[Path, list[argparse.Namespace]]:
     for words_of_one in itertools.product(*axes):
         name = ",".join(words_of_one).replace("/", "_")
         extra = [*words_of_one, f"run_dir={where / name}"]
+        if not isinstance(recipe, Recipe):
+            answers = Path(recipe.output.path)
+            path = answers.with_name(f"{answers.stem}-{name}{answers.suffix}")
+            extra.insert(0, f"output.path={path}")  # first: a sweep may say it otherwise
         changed = vars(options) | {"overrides": [*options.overrides, *extra]}
         variants.append(argparse.Namespace(**changed))
     return where, variants

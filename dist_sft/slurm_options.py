@@ -9,6 +9,7 @@ import argparse
 import itertools
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from dist_sft import launching
@@ -54,6 +55,9 @@ NOT_PASSED_ON = {
 CPUS = ("--exclusive", "--cpus-per-task", "-c", "--cpus-per-gpu", "--oversubscribe", "-s")
 GPUS = ("--gpus", "-G", "--gpus-per-node", "--gpus-per-socket", "--gres", "--tres-per-node")
 
+MEANT = 0.85
+"""How similar an option must be to one of the launcher's; --sockets-per-node, sbatch's, is 0.83."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line of the SLURM launcher."""
@@ -74,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=DEFAULT_RESTARTS,
         metavar="N",
-        help="put the job back after a crash, at most N times without a new checkpoint "
+        help="put the job back after a crash, at most N times without a new checkpoint or part "
         f"(default {DEFAULT_RESTARTS})",
     )
     result.add_argument(
@@ -112,7 +116,8 @@ def parser() -> argparse.ArgumentParser:
 def split(given: Sequence[str], ours: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """Part the launcher's arguments from sbatch's options.
 
-    Raises UserError for those of sbatch that the launcher sets itself.
+    Raises UserError for those of sbatch that the launcher sets itself, and for what is nearly one
+    of the launcher's.
     """
     known = {name: action for action in ours._actions for name in action.option_strings}
     mine, theirs = list[str](), list[str]()
@@ -132,6 +137,9 @@ def split(given: Sequence[str], ours: argparse.ArgumentParser) -> tuple[list[str
             if name in known and not has_value and known[name].nargs != 0:
                 mine += itertools.islice(rest, 1)
             continue
+        meant = get_close_matches(name, known, n=1, cutoff=MEANT)
+        if meant:
+            raise UserError(f"{name}: no option of launch/slurm.py; did you mean {meant[0]}?")
         theirs.append(word)
         if not has_value and name not in FLAGS:
             theirs += itertools.islice(rest, 1)
@@ -159,7 +167,7 @@ def refuse_a_short_time(lead: int, sbatch: list[str]) -> None:
     limit = seconds_of(after[-1]) if after else None
     if limit is not None and limit <= lead:
         raise UserError(
-            f"--time: {after[-1]} leaves no time to train: {lead} to {lead + 60} s before its end "
+            f"--time: {after[-1]} leaves no time to work: {lead} to {lead + 60} s before its end "
             "(--lead) a job saves and is put back; allowed: a longer --time, or a shorter --lead"
         )
 

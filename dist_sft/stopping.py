@@ -127,7 +127,7 @@ class Relay:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.signals += 1
-        what = "stopping as soon as a step ends"
+        what = "stopping as soon as what is done is saved"
         if number in self._impatient:
             if self._asked_at is None:
                 self._asked_at = time.monotonic()

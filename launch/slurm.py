@@ -3,7 +3,7 @@
 
 import sys
 
-from dist_sft.slurm import main
+from start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("slurm"))

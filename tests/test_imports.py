@@ -18,7 +18,7 @@ TRIES = 3
 PROGRAM = """
 import os, runpy, sys
 script, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = script
+sys.argv[0], sys.path[0] = script, os.path.dirname(script)  # as Python does
 try:
     runpy.run_path(script, run_name="__main__")
 except SystemExit as end:
@@ -71,3 +71,21 @@ def test_reading_a_recipe_is_light(recipe: Path, tmp_path: Path) -> None:
     loaded, _ = run(program)
     assert "dist_sft" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm", "ray_job"])
+def test_a_python_without_dist_sft_says_so(launcher: str) -> None:
+    """-S: without what is installed."""
+    script = ROOT / f"launch/{launcher}.py"
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-S", script, "train"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    first, *rest = done.stderr.splitlines()
+    version = ".".join(map(str, sys.version_info[:2]))
+    assert (
+        first == f"{sys.executable} (Python {version}) cannot run this: No module named 'dist_sft'"
+    )
+    assert rest[0].startswith("Activate the environment that dist_sft is installed in.")
+    assert ".venv" in rest[1]

@@ -941,7 +941,7 @@ def test_the_first_signal_reaches_the_ranks_once(
     again = "; once more to leave at once, without saving"
     hint = again if numbers[0] in (signal.SIGINT, signal.SIGTERM) else ""
     assert capfd.readouterr().err == (
-        f"\n{signal.Signals(numbers[0]).name}: stopping as soon as a step ends{hint}\n"
+        f"\n{signal.Signals(numbers[0]).name}: stopping as soon as what is done is saved{hint}\n"
         f"signal {passed_on}\nthe same command continues the run\n"
     )
     assert [signal.getsignal(number) for number in Relay.HEARD] == before
@@ -999,7 +999,7 @@ def test_a_signal_before_there_is_anything_to_save(
     ranks("(attempt / 'listening').touch(); time.sleep(60)")
     send_when_listening(setup.run_dir, signal.SIGTERM)
     assert setup.launch() == runs.STOPPED
-    reason = "stopped by signal SIGTERM before the workers could write a checkpoint"
+    reason = "stopped by signal SIGTERM before the workers had anything to save"
     assert capfd.readouterr().err.splitlines()[-2:] == [
         reason, "the same command continues the run",
     ]  # fmt: skip

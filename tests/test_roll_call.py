@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from processes import free_port
 
-from dist_sft import preflight, roll_call, runs
+from dist_sft import manifest, preflight, roll_call, runs
 from dist_sft.config import Recipe
+from dist_sft.generate_recipe import GenerateRecipe
 from dist_sft.roll_call import Node, NotTogether, compare
 
 
@@ -236,7 +237,7 @@ def test_a_checkpoint_that_does_not_fit_is_foreseen(
     monkeypatch.setattr(roll_call, "checkpoint_bytes", lambda recipe: 10**18)
     told = take([0, 1], 2)
     assert told[0] is not None
-    assert "and one checkpoint needs 1000000000.0 GB" in told[0]
+    assert "GB, and one checkpoint needs 1000000000.0 GB" in told[0]
     recipe = Recipe.model_validate(
         {
             "run_dir": str(tmp_path),
@@ -245,3 +246,34 @@ def test_a_checkpoint_that_does_not_fit_is_foreseen(
         }
     )
     assert preflight.checkpoint_bytes(recipe) == 12 * 22
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("float32", 4)])
+def test_what_a_checkpoint_takes_that_answers(tmp_path: Path, dtype: str, size: int) -> None:
+    """Nothing where the model is a folder as it is, or where it has been converted before."""
+    recipe = GenerateRecipe.model_validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path / "trained"), "dtype": dtype},
+            "input": [{"path": "rows.json"}],
+            "output": {"path": "answers.jsonl"},
+        }
+    )
+    assert preflight.weights_bytes(recipe) is None
+    for step, rows in ((5, 10**9), (10, 10**15)):
+        folder = manifest.folder_of(tmp_path / "trained", step)
+        folder.mkdir(parents=True)
+        told = {"format": manifest.FORMAT, "step": step, "files": {}}
+        manifest.write(folder, {**told, "shapes": {"a": [rows, 3], "b": [7]}})
+    assert preflight.weights_bytes(recipe) == size * (3 * 10**15 + 7)
+    assert next(roll_call.too_full(tmp_path, recipe)).endswith(
+        f"GB, and the weights of {tmp_path}/trained need {size * 3e6:.1f} GB"
+    )
+    chosen = recipe.model.model_copy(
+        update={"path": str(manifest.folder_of(tmp_path / "trained", 5))}
+    )
+    one = recipe.model_copy(update={"model": chosen})
+    assert preflight.weights_bytes(one) == size * (3 * 10**9 + 7)
+    (tmp_path / "run/weights/abc").mkdir(parents=True)
+    (tmp_path / "run/weights/abc/config.json").touch()
+    assert preflight.weights_bytes(recipe) is None

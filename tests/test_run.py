@@ -668,7 +668,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_torn(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=15)
     assert process.returncode == 75, out + err
-    assert "SIGINT: stopping as soon as a step ends; once more to leave at once" in err
+    assert "SIGINT: stopping as soon as what is done is saved; once more to leave at once" in err
     assert "left at once, at a second signal: nothing was saved" in err
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
     assert not (run_dir / "lease.json").exists()

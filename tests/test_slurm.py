@@ -16,7 +16,7 @@ from dist_sft.config import read_recipe
 from dist_sft.errors import UserError
 from dist_sft.runs import Outcome
 
-GOLDEN = Path(__file__).parent / "golden" / "slurm_dry_run.txt"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,15 @@ def recipe(**sections: Any) -> dict[str, Any]:
         "model": {"config": {"model_type": "llama"}, "tokenizer": "hub/name"},
         "data": {"train": [{"path": "rows.json"}]},
         **sections,
+    }
+
+
+def generation() -> dict[str, Any]:
+    return {
+        "run_dir": "runs/my run",
+        "model": {"path": "hub/name"},
+        "input": [{"path": "rows.json"}],
+        "output": {"path": "answers.jsonl"},
     }
 
 
@@ -116,20 +125,52 @@ def test_what_would_break_a_run_is_refused(
     )
 
 
-def test_a_dry_run_prints_what_would_be_used(
-    here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--worker-per-node=8", "--workers-per-node"),
+        ("--node=2", "--nodes"),
+        ("--exclude-bad-node", "--exclude-bad-nodes"),
+        ("--restart=0", "--restarts"),
+        ("--dryrun", "--dry-run"),
+        ("--no-putback", "--no-put-back"),
+    ],
+)
+def test_what_is_nearly_ours_is_not_sbatchs(
+    given: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert slurm.main(["train", "recipe.yaml", *SIZE, given]) == runs.WRONG_INPUT
+    assert capsys.readouterr().err == (
+        f"{given.partition('=')[0]}: no option of launch/slurm.py; did you mean {meant}?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "option", ["--nodelist", "--sockets-per-node", "--cores-per-socket", "--nodefile", "--prefer"]
+)
+def test_what_sbatch_has_is_not_taken_for_a_mistake(option: str) -> None:
+    words = ["train", "r.yaml", option, "2"]
+    assert slurm_options.split(words, slurm_options.parser()) == (words[:2], words[2:])
+
+
+@pytest.mark.parametrize("task", ["train", "generate"])
+def test_a_dry_run_prints_what_would_be_used(
+    task: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if task == "generate":
+        (here / "recipe.yaml").write_text(yaml.safe_dump(generation()))
     options = ["--partition", "a100", "--time=12:00:00", "--lead=600", "--dry-run"]
-    assert slurm.main(["train", "recipe.yaml", "seed=7", *SIZE, *options]) == 0
+    assert slurm.main([task, "recipe.yaml", "seed=7", *SIZE, *options]) == 0
     captured = capsys.readouterr()
     assert captured.err == "no GPUs are asked for (--gpus-per-node): workers run on CPUs\n"
     printed = captured.out.replace(str(here), "HERE").replace(runs.code_revision(), "REVISION")
     printed = printed.replace(str(slurm.files()), "SLURM").replace(sys.executable, "PYTHON")
-    config = read_recipe("recipe.yaml", ["job=train", "seed=7"]).to_json()
+    config = read_recipe("recipe.yaml", [f"job={task}", "seed=7"]).to_json()
     for text in (config, (slurm.files() / "site.sh").read_text()):
         assert text in printed
         printed = printed.replace(text, "...\n")
-    assert printed == GOLDEN.read_text()
+    golden = {"train": "slurm_dry_run.txt", "generate": "slurm_dry_run_generate.txt"}
+    assert printed == (GOLDEN / golden[task]).read_text()
     assert not (here / "runs").exists()
 
 
@@ -177,6 +218,23 @@ def test_a_sweep_has_a_folder_for_every_combination(here: Path) -> None:
         config = json.loads((Path(folder) / "config.json").read_text())
         assert folder.endswith(f"seed={config['seed']}")
         assert (Path(folder) / "site.sh").exists()
+
+
+@pytest.mark.parametrize(
+    ("axis", "answers"),
+    [
+        ("seed=1,2", ["answers-seed=1.jsonl", "answers-seed=2.jsonl"]),
+        ("output.path=a.jsonl,b.jsonl", ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_each_run_of_a_sweep_has_answers_of_its_own(
+    here: Path, axis: str, answers: list[str]
+) -> None:
+    (here / "recipe.yaml").write_text(yaml.safe_dump(generation()))
+    assert slurm.main(["generate", "recipe.yaml", *SIZE, f"--sweep={axis}", "--prepare"]) == 0
+    folders = (here / "runs/my run/sweep.txt").read_text().splitlines()
+    configs = [json.loads((Path(folder) / "config.json").read_text()) for folder in folders]
+    assert [config["output"]["path"] for config in configs] == answers
 
 
 def test_a_sweep_that_is_launched_again_leaves_no_run_out(
@@ -232,7 +290,7 @@ def test_a_time_limit_that_the_lead_uses_up_is_refused(
     time: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert slurm.main(["train", "recipe.yaml", *SIZE, *time, "--dry-run"]) == code
-    assert ("--time: 5 leaves no time to train" in capsys.readouterr().err) == bool(code)
+    assert ("--time: 5 leaves no time to work" in capsys.readouterr().err) == bool(code)
 
 
 def test_a_submission_that_slurm_refuses_changes_nothing(
@@ -468,6 +526,23 @@ def test_too_many_attempts_in_vain(run_dir: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(UserError, match="gave up: 2 attempts of job 7"):
         batch_job.begin(run_dir, job(restart=4))  # as when its node died
     assert batch_job.begin(run_dir, job(number=8)) == 4, "a person submitted it again"
+
+
+def test_parts_are_progress_as_checkpoints_are(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "recipe.yaml").write_text(yaml.safe_dump(generation()))
+    size = [*SIZE, "--restarts=0", "--prepare"]
+    assert slurm.main(["generate", "recipe.yaml", *size]) == 0
+    run_dir = here / "runs/my run"
+    for attempt, decision in ((0, "requeue"), (1, "exit 1")):
+        assert batch_job.begin(run_dir, job(restart=attempt)) == attempt
+        if attempt == 0:
+            (runs.attempt_dir(run_dir, 0) / runs.FRUITFUL).touch()
+        ended(run_dir, attempt, runs.FAILED)
+        assert batch_job.end(run_dir, attempt, "", RUNS) == decision
+    told = "gave up: 1 attempts of job 7 in a row brought no new part (--restarts: 0). "
+    assert told in capsys.readouterr().err
 
 
 def test_the_nodes_that_there_are_count(run_dir: Path) -> None:

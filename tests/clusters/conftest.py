@@ -1,4 +1,4 @@
-"""The SLURM cluster that tests share, and folders for its users."""
+"""What tests on clusters share: SLURM, folders for its users, a run that nobody disturbs."""
 
 import os
 import tempfile
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, slurm_cluster, unavailable
+from slurm_run import common, make_slow, run_here
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def shared_slurm() -> Iterator[Cluster]:
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rich_slurm() -> Iterator[Cluster]:
     """Start 3 nodes with GPUs, accounting, and no signal at a preemption but TERM."""
     conf = "KillWait=10"
@@ -59,3 +60,19 @@ def everyones_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="everyones-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the recipe of the tests on this machine, undisturbed."""
+    with common(tmp_path_factory, "undisturbed") as folder:
+        run_dir = folder / "run"
+        if not (run_dir / "model").exists():
+            run_here(make_slow(folder, "run", attempts=0))
+    return run_dir
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write the recipe, slow in its first attempt; the path of its run folder has a space."""
+    return make_slow(tmp_path, "the run")

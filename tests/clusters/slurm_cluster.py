@@ -143,7 +143,7 @@ class Cluster:
                 raise ClusterFailed(f"job {job} is not {' or '.join(states)}: {self.show(job)}")
             return state in states
 
-        self._until(is_there, f"job {job} is {' or '.join(states)}", seconds)
+        self._until(is_there, f"job {job} is {' or '.join(states)}", seconds, pause=0.3)
 
     def kill_node(self, name: str, how: Literal["power", "slurmd", "net"] = "power") -> None:
         """Power a node off, or kill its slurmd but not its jobs, or cut its network.
@@ -265,12 +265,14 @@ class Cluster:
     def _succeeds(self, *command: str) -> bool:
         return self.run(*command, check=False).returncode == 0
 
-    def _until(self, happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def _until(
+        self, happened: Callable[[], bool], what: str, seconds: float = 60, pause: float = 0.1
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
             if time.monotonic() > deadline:
                 raise ClusterFailed(f"not after {seconds:.0f} s: {what}\n{self._tails()}")
-            time.sleep(0.1)
+            time.sleep(pause)
 
     def _tails(self) -> str:
         return "\n".join(
