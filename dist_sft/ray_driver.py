@@ -1,7 +1,7 @@
 """Run a run folder on Ray, as the driver of the cluster's workers.
 
 Ray Train starts the workers, `ray_worker` a rank in each of them, `ray_controller` owns the run.
-This process hears signals, and says how it went. It needs no torch.
+This process hears signals, and says how it went.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dist_sft.stopping import Relay
 
 ELASTIC_START_SECONDS = 15
 LOOK_SECONDS = 0.5
+RELEASE_SECONDS = 10.0  # what Ray gets to end the controller
 
 
 def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
@@ -42,6 +43,8 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         engine.start()
         left = follow(engine, relay, run_dir, launch, began)
     newest = max(runs.attempts(run_dir), default=-1)
+    if newest > began:
+        release(run_dir, newest)
     ended = runs.read_outcome(run_dir, newest) if newest > began else None
     outcome = ended or left or engine.verdict()
     if left is not None and outcome.code == runs.FAILED:  # it waited to go on
@@ -50,6 +53,8 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         runs.write_outcome(run_dir, newest, outcome)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
+    if outcome.code == runs.STOPPED:
+        print("the same command continues the run", file=sys.stderr)
     return outcome.code
 
 
@@ -89,6 +94,17 @@ def follow(
     return None
 
 
+def release(run_dir: Path, attempt: int) -> None:
+    """Remove the lease of a controller that was ended with Ray, before the run was."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while (held := lease.read(run_dir)) and held.attempt == attempt:
+        if lease.is_gone(held.owner):
+            (run_dir / lease.NAME).unlink(missing_ok=True)
+        elif time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
+
+
 class Engine(threading.Thread):
     """Ray Train at work, in a thread: in the main one it would hear signals, and abort."""
 
@@ -113,7 +129,7 @@ class Engine(threading.Thread):
 def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any:
     """Return Ray's trainer for a run folder, which is its storage, too."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.torch import TorchTrainer
 
     from dist_sft import ray_controller, ray_worker
 
@@ -124,10 +140,10 @@ def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any
     work = ray_worker.Work(str(run_dir), options["folder"], gpus)
     # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
     (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    return DataParallelTrainer(
+    return TorchTrainer(
         ray_worker.run_rank,
         train_loop_config=asdict(work),
-        backend_config=ray_controller.RunConfig(work, seen),
+        torch_config=ray_controller.RunConfig(work, options["restarts"], seen),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=gpus,
@@ -139,7 +155,7 @@ def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any
             storage_path=str(run_dir.parent),
             # How often is decided by the callback, which knows whether there was progress.
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[ray_controller.Attempts(str(run_dir), options["restarts"])],
+            callbacks=[ray_controller.Attempts()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

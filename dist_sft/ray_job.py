@@ -100,24 +100,24 @@ def parser_of_commands() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
         command.add_argument("--address", metavar=ADDRESSES, help="default: as it was launched")
-        if name == "resume":
-            add_submission(command)
+        add_submission(command, runs_something=name == "resume")
     return result
 
 
-def add_submission(to: argparse.ArgumentParser) -> None:
+def add_submission(to: argparse.ArgumentParser, runs_something: bool = True) -> None:
     """Add what is for http:// addresses only."""
     to.add_argument(
         "--folder",
         metavar="DIR",
         help="with http://: the job's folder on the cluster (default: the one you are in)",
     )
-    to.add_argument(
-        "--runtime-env",
-        type=Path,
-        metavar="FILE",
-        help="with http://: what the job needs, in Ray's words, as a YAML file",
-    )
+    if runs_something:
+        to.add_argument(
+            "--runtime-env",
+            type=Path,
+            metavar="FILE",
+            help="with http://: what the job needs, in Ray's words, as a YAML file",
+        )
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -125,6 +125,12 @@ def launch(options: argparse.Namespace) -> int:
     size, per_worker = size_of(options), resources_of(options)
     recipe = launching.read(options)
     http = ray_submit.is_http(options.address)
+    if options.prepare and http:
+        raise UserError(
+            "--prepare: it writes the run folder from here; where the cluster sees it, too, leave "
+            f"--address out now, and then: launch/ray_job.py resume {recipe.run_dir} --address "
+            f"{options.address}"
+        )
     if not options.prepare and not http:
         if launching.is_finished(recipe, reuse=options.reuse_unchanged):
             return runs.FINISHED
@@ -132,12 +138,11 @@ def launch(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(dry_run(options, recipe, size, per_worker))
         return runs.FINISHED
-    if http and not options.prepare:
-        folder = options.folder or os.getcwd()
+    if http:
         return ray_submit.submit(
             options.address,
             submitted(options),
-            str(Path(folder, recipe.run_dir)),
+            ray_submit.on_cluster(recipe.run_dir, options.folder),
             ray_submit.read_runtime_env(options.runtime_env),
             Path(options.recipe),
         )
@@ -176,7 +181,7 @@ def cancel(options: argparse.Namespace) -> int:
     """Let a run save, and see it ended; raises UserError where there is none."""
     run_dir: Path = options.run_dir
     if ray_submit.is_http(options.address):
-        return ray_submit.cancel(options.address, str(run_dir.absolute()))
+        return ray_submit.cancel(options.address, ray_submit.on_cluster(run_dir, options.folder))
     held = lease.read(run_dir) if runs.read_launch(run_dir).launcher == "ray" else None
     if held is None or lease.is_gone(held.owner):
         raise UserError(f"nobody works on {run_dir} from Ray: there is nothing to cancel")
@@ -197,11 +202,12 @@ def resume(options: argparse.Namespace) -> int:
     """Go on with a run as it was launched."""
     run_dir: Path = options.run_dir
     if ray_submit.is_http(options.address):
-        words = ["dist_sft.ray_job", "resume", str(run_dir.absolute()), "--address=auto"]
+        there = ray_submit.on_cluster(run_dir, options.folder)
+        words = ["dist_sft.ray_job", "resume", there, "--address=auto"]
         return ray_submit.submit(
             options.address,
             ray_submit.entrypoint(words, options.folder or os.getcwd()),
-            str(run_dir.absolute()),
+            there,
             ray_submit.read_runtime_env(options.runtime_env),
         )
     how = runs.read_launch(run_dir)
