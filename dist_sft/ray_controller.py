@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.backend import Backend, BackendConfig
 
-from dist_sft import lease, manifest, node, roll_call, runs
+from dist_sft import batch_job, lease, manifest, node, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.preflight import machine_mistakes
 from dist_sft.ray_worker import ATTEMPT, GOES_ON, NODES, RESIZE, Moved, Work
@@ -46,6 +46,8 @@ class RunConfig(BackendConfig):  # type: ignore[misc]
     restarts: int
     seen: lease.Lease | None
     """The lease that the launcher found."""
+    job: batch_job.Job | None = None
+    """The SLURM job in which Ray runs for this run, of `slurm/ray.sbatch`."""
     backend: str = "the ranks' own"
     """TorchTrainer writes one into a configuration that has none."""
 
@@ -60,10 +62,16 @@ class Run:
     It owns the run from its first attempt to its last, also while there is no room for workers.
     """
 
-    def __init__(self, run_dir: Path, restarts: int, seen: lease.Lease | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        restarts: int,
+        seen: lease.Lease | None,
+        job: batch_job.Job | None = None,
+    ) -> None:
         self.run_dir = run_dir
         self.attempt = -1
-        self._restarts, self._seen = restarts, seen
+        self._restarts, self._seen, self._job = restarts, seen, job
         self._newest = max(manifest.folders(run_dir), default=0)
         self._in_vain = 0
         self._held = ExitStack()
@@ -75,6 +83,8 @@ class Run:
         self.attempt, self._seen = lease.claim(self.run_dir, self._seen), None
         self._held.enter_context(lease.hold(self.run_dir, self.attempt))
         self._goes_on = False
+        if self._job is not None:
+            batch_job.write(self.run_dir, self.attempt, self._job)
         return self.attempt
 
     def release(self) -> None:
@@ -136,7 +146,8 @@ class RunBackend(Backend):  # type: ignore[misc]
         """Claim an attempt, look whether the nodes fit together, tell ranks where to meet."""
         work = backend_config.work
         if not HERE:
-            HERE.append(Run(Path(work.run_dir), backend_config.restarts, backend_config.seen))
+            told = backend_config
+            HERE.append(Run(Path(work.run_dir), told.restarts, told.seen, told.job))
         run = HERE[0]
         before = runs.read_outcome(run.run_dir, run.attempt)
         if before is not None and before.code == runs.FINISHED:

@@ -10,12 +10,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_sft import lease, ray_cluster, runs
+from dist_sft import batch_job, lease, ray_batch, ray_cluster, runs
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
 
@@ -28,6 +30,7 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
     """Run attempts on Ray until one ends the run; return its exit code."""
     options, began = launch.options, max(runs.attempts(run_dir), default=-1)
     (low, high), per_worker = options["workers"], options["resources_per_worker"]
+    job = ray_batch.note(run_dir)
     if low < high:  # Ray takes a node that has just died for one that may be used
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
     with ExitStack() as stack:
@@ -39,7 +42,7 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
             per_worker["GPU"] = 1.0
         ray_cluster.wait_for_room(low, per_worker, options["wait"])
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
-        engine = Engine(run_dir, launch, seen)
+        engine = Engine(partial(trainer, run_dir.absolute(), launch, seen, job))
         engine.start()
         left = follow(engine, relay, run_dir, launch, began)
     newest = max(runs.attempts(run_dir), default=-1)
@@ -108,14 +111,14 @@ def release(run_dir: Path, attempt: int) -> None:
 class Engine(threading.Thread):
     """Ray Train at work, in a thread: in the main one it would hear signals, and abort."""
 
-    def __init__(self, run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> None:
+    def __init__(self, trainer: Callable[[], Any]) -> None:
         super().__init__(name="ray", daemon=True)
-        self._run_dir, self._launch, self._seen = run_dir, launch, seen
+        self._trainer = trainer
         self._error: Exception | None = None
 
     def run(self) -> None:
         try:
-            trainer(self._run_dir.absolute(), self._launch, self._seen).fit()
+            self._trainer().fit()
         except Exception as error:
             self._error = error
 
@@ -126,7 +129,9 @@ class Engine(threading.Thread):
         return runs.Outcome(code, str(cause or "Ray ended the run without a word"), -1)
 
 
-def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any:
+def trainer(
+    run_dir: Path, launch: runs.Launch, seen: lease.Lease | None, job: batch_job.Job | None
+) -> Any:
     """Return Ray's trainer for a run folder, which is its storage, too."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -143,7 +148,7 @@ def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any
     return TorchTrainer(
         ray_worker.run_rank,
         train_loop_config=asdict(work),
-        torch_config=ray_controller.RunConfig(work, options["restarts"], seen),
+        torch_config=ray_controller.RunConfig(work, options["restarts"], seen, job),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=gpus,

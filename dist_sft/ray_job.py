@@ -160,7 +160,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.prepare:
         print(f"prepared {run_dir}; to start it: launch/ray_job.py resume {run_dir}")
         return runs.FINISHED
-    (run_dir / "STOP").unlink(missing_ok=True)
+    remove_stop(run_dir)
     return ray_driver.run(run_dir, how, seen)
 
 
@@ -217,10 +217,21 @@ def resume(options: argparse.Namespace) -> int:
         print(f"{run_dir} is finished already")
         return runs.FINISHED
     seen = lease.wait_until_free(run_dir)
-    (run_dir / "STOP").unlink(missing_ok=True)
+    remove_stop(run_dir)
     if options.address:
         how = replace(how, options=how.options | {"address": options.address})
     return ray_driver.run(run_dir, how, seen)
+
+
+def remove_stop(run_dir: Path) -> None:
+    """Forget that the run was asked to stop; raise UserError where no person wants it to go on."""
+    stop = run_dir / "STOP"
+    if stop.exists() and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        raise UserError(
+            f"{stop} asks this run to stop, and it was SLURM that started it again; submit it "
+            "again, and it goes on"
+        )
+    stop.unlink(missing_ok=True)
 
 
 def size_of(options: argparse.Namespace) -> tuple[int, int]:
