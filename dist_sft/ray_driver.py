@@ -23,6 +23,10 @@ from dist_sft.stopping import Relay
 
 ELASTIC_START_SECONDS = 15
 LOOK_SECONDS = 0.5
+NO_PACKAGE = (
+    "a node of the cluster cannot import dist_sft: Ray's workers run the Python of `ray start`. "
+    "Install dist_sft there, on every node, in the same version"
+)
 RELEASE_SECONDS = 10.0  # what Ray gets to end the controller
 
 
@@ -125,6 +129,8 @@ class Engine(threading.Thread):
     def verdict(self) -> runs.Outcome:
         """Say how it went where no attempt could."""
         cause = getattr(self._error, "controller_failure", self._error)
+        if "No module named 'dist_sft" in str(cause):
+            return runs.Outcome(runs.WRONG_INPUT, NO_PACKAGE, -1)
         code = runs.WRONG_INPUT if isinstance(cause, UserError) else runs.FAILED
         return runs.Outcome(code, str(cause or "Ray ended the run without a word"), -1)
 

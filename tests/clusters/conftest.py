@@ -1,4 +1,4 @@
-"""The SLURM cluster that tests share, and folders for its users."""
+"""The clusters of SLURM and Ray that tests share, and folders for their users."""
 
 import os
 import tempfile
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray_cluster
 from slurm_cluster import Cluster, slurm_cluster, unavailable
+from slurm_run import make, run_here
 
 
 @contextmanager
@@ -59,3 +61,27 @@ def everyones_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="everyones-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[ray_cluster.Cluster]:
+    """Start two nodes with a worker's room each."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as name,
+        ray_cluster.ray_cluster(Path(name), 1) as started,
+    ):
+        started.add()
+        yield started
+
+
+@pytest.fixture
+def ray(shared_ray: ray_cluster.Cluster) -> Iterator[ray_cluster.Cluster]:
+    """Give a test that cluster; a node that it took away is replaced after it."""
+    yield shared_ray
+    shared_ray.repair(nodes=2)
+
+
+@pytest.fixture(scope="session")
+def whole_for_ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run on this machine, undisturbed, by two ranks."""
+    return run_here(make(tmp_path_factory.mktemp("undisturbed"), "run"))
