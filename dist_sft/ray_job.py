@@ -172,8 +172,9 @@ def submitted(options: argparse.Namespace) -> str:
             words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     for name in ("resources_per_worker", "allow_change"):
         words += [f"--{name.replace('_', '-')}={value}" for value in getattr(options, name)]
-    if options.trust_checkpoint:
-        words.append("--trust-checkpoint")
+    for name in ("reuse_unchanged", "trust_checkpoint"):
+        if getattr(options, name):
+            words.append(f"--{name.replace('_', '-')}")
     return ray_submit.entrypoint([*words, "--address=auto"], options.folder or os.getcwd())
 
 

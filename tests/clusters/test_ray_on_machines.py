@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ray_cluster import RAY, environment, node_options
 from ray_run import Driver, RayRun
 from slurm_run import EVERY, check_like, make
 
-from dist_sft import runs
+from dist_sft import lease, runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(300)]
 HEAD, PORT = "10.77.0.254", 6379
@@ -79,13 +80,18 @@ def cluster() -> Iterator[Cluster]:
 def test_a_machine_loses_power(cluster: Cluster, whole_for_ray: Path, tmp_path: Path) -> None:
     """Nobody sees its connections close; the run goes on when it is back."""
     recipe = make(whole_for_ray.parent, "on machines")
-    where = ("--workers=2", "--address", f"{HEAD}:{PORT}")
+    where = ("--workers=2", "--wait=3", "--address", f"{HEAD}:{PORT}")
     driver = Driver("train", recipe, *where, environment=cluster.environment, on=cluster.head)
     run = RayRun(recipe.with_suffix(""), driver)
     run.wait_for_step(EVERY + 10)
     assert sorted(run.hosts(0)) == ["n1", "n2"]
     cluster.nodes["n2"].power_off()
     run.wait_until(lambda: run.outcomes()[0][0] == runs.FAILED, "an outcome")
+    time.sleep(8)  # longer than --wait
+    held = lease.read(run.run_dir)
+    assert held is not None, "it owns its run while it waits"
+    assert held.attempt == 0
     cluster.boot("n2")
-    driver.finish()
+    out = driver.finish()
     check_like(whole_for_ray, run, attempts=2)
+    assert "waiting to go on: --workers: got 2, each with CPU 1; " in out
