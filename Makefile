@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
+RAY_TESTS := $(wildcard tests/clusters/test_ray_*.py)
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
 
@@ -33,8 +34,8 @@ test-faults: install
 	$(PYTEST) -m "not gpu" -q tests/faults
 
 test-clusters: install
-	$(PYTEST) -m "not gpu" -q -n 2 --dist worksteal tests/clusters -k "not ray"
-	$(PYTEST) -m "not gpu" -q tests/clusters -k ray
+	$(PYTEST) -m "not gpu" -q -n 2 --dist worksteal $(filter-out $(RAY_TESTS),$(wildcard tests/clusters/test_*.py))
+	$(PYTEST) -m "not gpu" -q $(RAY_TESTS)
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q
