@@ -42,7 +42,7 @@ class Node:
                 command,
                 env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self.ip, self.log = ip, log
+        self.ip, self.log, self.metrics_port = ip, log, 0
         self.odd = hides is not None
         """Whether it must not be there for another test."""
 
@@ -91,7 +91,7 @@ class Cluster:
         self.environment = environment(folder)
         if open:
             self.environment["RAY_AUTH_MODE"] = "disabled"
-        self.port, self.dashboard, self._metrics_port = free_port(), free_port(), free_port()
+        self.port, self.dashboard = free_port(), free_port()
         self.nodes: list[Node] = []
         self.address = f"127.0.0.2:{self.port}"
         self.http = f"http://127.0.0.1:{self.dashboard}"
@@ -141,7 +141,7 @@ class Cluster:
         """Return what the nodes' metrics are, as Prometheus reads them."""
         told = []
         for node in self.nodes:
-            with urlopen(f"http://{node.ip}:{self._metrics_port}/metrics", timeout=SECONDS) as said:
+            with urlopen(f"http://{node.ip}:{node.metrics_port}/metrics", timeout=SECONDS) as said:
                 told.append(said.read().decode())
         return "\n".join(told)
 
@@ -153,14 +153,15 @@ class Cluster:
         return done.stdout
 
     def _start(self, cpus: int, *options: str, hides: Path | None = None) -> Node:
-        number = next(self._numbers)
+        number, metrics = next(self._numbers), free_port()
         ip = f"127.0.0.{2 + number}"
         command = [
-            *node_options(ip, cpus), f"--metrics-export-port={self._metrics_port}",
+            *node_options(ip, cpus), f"--metrics-export-port={metrics}",
             f"--temp-dir={self.folder}/{number}", *options,
         ]  # fmt: skip
         variables = {**self.environment, **self._variables}
         node = Node(ip, command, hides, variables, self.folder / f"node-{number}.log")
+        node.metrics_port = metrics
         self.nodes.append(node)
         node.wait_until_up()
         return node

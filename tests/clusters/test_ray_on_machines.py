@@ -9,7 +9,7 @@ from pathlib import Path
 import machines
 import pytest
 from machines import Machine
-from ray_cluster import RAY, environment, node_options
+from ray_cluster import RAY, SECONDS, environment, node_options
 from ray_run import Driver, RayRun
 from slurm_run import EVERY, check_like, make
 
@@ -46,6 +46,7 @@ class Cluster:
             self.boot(name)
 
     def boot(self, name: str) -> None:
+        (self._folder / f"log/{name}.env").unlink(missing_ok=True)
         self.nodes[name] = Machine(name, NODES[name], self._folder / "log", within=self.head)
         self._start(self.nodes[name], 1, f"--address={HEAD}:{PORT}")
 
@@ -56,6 +57,12 @@ class Cluster:
             "env", *variables, str(RAY), "start", "--block", "--disable-usage-stats", *options,
             *node_options(on.address, cpus), f"--temp-dir={self._folder}/{on.name}",
         )  # fmt: skip
+
+        log = self._folder / f"log/{on.name}.env"
+        deadline = time.monotonic() + SECONDS
+        while "Ray runtime started" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
 
     def close(self) -> None:
         self.head.power_off()
