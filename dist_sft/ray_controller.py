@@ -167,7 +167,7 @@ class RunBackend(Backend):  # type: ignore[misc]
 
     def on_shutdown(self, worker_group: Any, backend_config: RunConfig) -> None:
         """End the attempt. Where it still runs, Ray wants another number of workers: save first."""
-        if not HERE:
+        if not HERE or HERE[0].attempt < 0:
             return
         run, deadline, asked = HERE[0], time.monotonic() + SAVE_SECONDS, False
         run_dir, attempt = run.run_dir, run.attempt
