@@ -108,7 +108,7 @@ def begin(run_dir: Path, job: Job) -> int | None:
         raise UserError(reason)
     seen = lease.wait_until_free(run_dir, lambda line: print(line, file=sys.stderr))
     attempt = lease.claim(run_dir, seen)
-    _write(run_dir, attempt, job)
+    write(run_dir, attempt, job)
     if job.job not in slurm_queue.jobs_of(run_dir):  # somebody submitted it by sbatch itself
         slurm_queue.note(run_dir, time=time.time(), job=job.job)
     if len(job.hosts) != launch.nodes:
@@ -125,7 +125,7 @@ def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
     code = runs.FAILED if outcome is None else outcome.code
     print(outcome.reason if outcome else f"attempt {attempt} ended without a word", file=sys.stderr)
     if fate.preempted:
-        _write(run_dir, attempt, replace(job, preempted=True))
+        write(run_dir, attempt, replace(job, preempted=True))
     if code == runs.FINISHED:
         parts.clean_up(run_dir)
     if code in (runs.FINISHED, runs.WRONG_INPUT):
@@ -133,16 +133,11 @@ def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
     # Some signals reach the workers alone: `scancel --signal`, and the notice of a preemption where
     # slurm.conf has no preempt_send_user_signal.
     by = outcome.asked_by if outcome and outcome.asked_by else f"signal SIG{asked}"
-    time_is_up = by == "signal SIGUSR1" or fate.preempted or fate.timed_out
-    decided = not (fate.goes_on or fate.timed_out)
-    if fate.goes_on is None:  # SLURM is mute, but it sends TERM when it has decided
-        decided = by == "signal SIGTERM"
-    if decided:
-        return "wait"
+    what = decide(code, by, fate)
+    if what != "requeue":
+        return what
     options = runs.read_launch(run_dir).options
-    may_requeue = options.get("requeue", True) and not (run_dir / "STOP").exists()
-    asked_to_end = code == runs.STOPPED or by == "signal SIGTERM"
-    if not may_requeue or (asked_to_end and not time_is_up):
+    if not options.get("requeue", True) or (run_dir / "STOP").exists():
         return f"exit {code}"
     reason = why_to_give_up(run_dir, job.job)
     if reason:
@@ -152,6 +147,18 @@ def end(run_dir: Path, attempt: int, asked: str, fate: Fate) -> str:
     if bad:
         print(f"going on without {', '.join(bad)} (--exclude-bad-nodes)", file=sys.stderr)
     return " ".join(["requeue", *bad])
+
+
+def decide(code: int, by: str, fate: Fate) -> str:
+    """Say what follows from an exit code, from what asked for the end, and from SLURM's plans."""
+    decided = not (fate.goes_on or fate.timed_out)
+    if fate.goes_on is None:  # SLURM is mute, but it sends TERM when it has decided
+        decided = by == "signal SIGTERM"
+    if decided:
+        return "wait"
+    time_is_up = by == "signal SIGUSR1" or fate.preempted or fate.timed_out
+    asked_to_end = code == runs.STOPPED or by == "signal SIGTERM"
+    return f"exit {code}" if asked_to_end and not time_is_up else "requeue"
 
 
 def why_to_give_up(run_dir: Path, job: str) -> str | None:
@@ -193,7 +200,8 @@ def _path(run_dir: Path, attempt: int) -> Path:
     return runs.attempt_dir(run_dir, attempt) / FILE
 
 
-def _write(run_dir: Path, attempt: int, job: Job) -> None:
+def write(run_dir: Path, attempt: int, job: Job) -> None:
+    """Write down which job an attempt is part of."""
     runs.write_atomically(_path(run_dir, attempt), json.dumps(asdict(job)) + "\n")
 
 

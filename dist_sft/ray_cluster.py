@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from dist_sft.errors import UserError
 
@@ -27,6 +30,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns of
 }
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HIDDEN = ("node:", "object_store", "memory", "accelerator_type", "bundle_group")
 """Resources by which Ray names nodes and groups, or that are its own."""
 Resources = Mapping[str, float]
@@ -38,7 +42,8 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
 
     Only who has the token can use it, and its dashboard is reached from this machine only.
     """
-    folder = Path(tempfile.mkdtemp(prefix="dist_sft-ray-"))
+    # Not where TMPDIR says: names of sockets must be short.
+    folder = Path(tempfile.mkdtemp(prefix="dist_sft-ray-", dir="/tmp"))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -76,7 +81,7 @@ def joined(address: str) -> Iterator[None]:
             context = ray.init(address=address)
         except Exception as error:
             raise unreachable(address, error) from None
-        warn(context.dashboard_url)
+        warn(f"http://{context.dashboard_url}" if context.dashboard_url else None)
         yield
 
 
@@ -104,16 +109,27 @@ def _ray() -> Iterator[Any]:
 
 
 def warn(dashboard: str | None) -> None:
-    """Say what is unsafe about a cluster, and how to make it safe."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+    """Say what is unsafe about a cluster, asking its dashboard, and how to make it safe."""
+    if dashboard is None or is_guarded(dashboard):
         return
-    host = urlsplit(f"//{dashboard}").hostname if dashboard else None
-    public = f" Its dashboard listens on {host}." if host not in (None, "127.0.0.1") else ""
+    host = urlsplit(dashboard).hostname
+    public = f" Its dashboard listens on {host}." if host not in (None, *LOOPBACK) else ""
     print(
         "warning: this cluster has no token authentication: whoever reaches its ports can run "
         f"anything.{public} Start it with RAY_AUTH_MODE=token, after `ray get-auth-token "
-        "--generate`, the same token on every node, and with --dashboard-host 127.0.0.1"
+        "--generate`, the same token on every node, and with --dashboard-host 127.0.0.1",
+        file=sys.stderr,
+        flush=True,
     )
+
+
+def is_guarded(dashboard: str) -> bool:
+    """Tell whether a cluster wants a token. What does not answer is not called open."""
+    try:
+        with urlopen(f"{dashboard}/api/authentication_mode", timeout=CONNECT_SECONDS) as answer:
+            return bool(json.load(answer).get("authentication_mode") == "token")
+    except (OSError, ValueError):
+        return True
 
 
 def nodes(ray: Any) -> list[tuple[str, Resources]]:
@@ -163,9 +179,10 @@ def waits_for_room(low: int, high: int, per_worker: Resources) -> bool:
     if low < high:
         free = ray.available_resources()
         return any(free.get(key, 0) < low * count for key, count in per_worker.items())
+    job = ray.get_runtime_context().get_job_id()  # the last part of what its groups are called
     return any(
-        group["state"] == "PENDING" and len(group["bundles"]) == low
-        for group in placement_group_table().values()
+        group["state"] == "PENDING" and name.endswith(job)
+        for name, group in placement_group_table().items()
     )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 
 import ray.train
 import ray.util
+from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.backend import Backend, BackendConfig
 
-from dist_sft import lease, manifest, node, roll_call, runs
+from dist_sft import batch_job, lease, manifest, node, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.preflight import machine_mistakes
 from dist_sft.ray_worker import ATTEMPT, GOES_ON, NODES, RESIZE, Moved, Work
@@ -41,98 +43,76 @@ class RunConfig(BackendConfig):  # type: ignore[misc]
     """Plain values for the backend; Ray sends them to the controller."""
 
     work: Work
+    restarts: int
     seen: lease.Lease | None
     """The lease that the launcher found."""
+    job: batch_job.Job | None = None
+    """The SLURM job in which Ray runs for this run, of `slurm/ray.sbatch`."""
+    backend: str = "the ranks' own"
+    """TorchTrainer writes one into a configuration that has none."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         return RunBackend
 
 
-class RunBackend(Backend):  # type: ignore[misc]
-    """Begin and end an attempt around each start of Ray's workers."""
+class Run:
+    """The run that this process owns: what backend and callback share, which Ray makes apart.
 
-    share_cuda_visible_devices = True  # a rank takes the GPU of its local number
-    _attempt: int | None = None
-    _held: ExitStack
+    It owns the run from its first attempt to its last, also while there is no room for workers.
+    """
 
-    def on_start(self, worker_group: Any, backend_config: RunConfig) -> None:
-        """Claim an attempt, look whether the nodes fit together, tell ranks where to meet."""
-        work, run_dir = backend_config.work, Path(backend_config.work.run_dir)
-        seen = backend_config.seen
-        if self._attempt is not None:
-            outcome = runs.read_outcome(run_dir, self._attempt)
-            if outcome is not None and outcome.code == runs.FINISHED:
-                raise GaveUp("finished, while Ray was about to change the number of workers")
-            seen = lease.wait_until_free(run_dir)
-        self._held = ExitStack()
-        attempt = self._attempt = lease.claim(run_dir, seen)
-        self._held.enter_context(lease.hold(run_dir, attempt))
-        os.environ[ATTEMPT] = str(attempt)  # in this process, where the callback looks
-        found: list[roll_call.Node] = worker_group.execute(look, work, attempt)
-        nodes = list({one.rank: one for one in found}.values())
-        problems = [*unseen(run_dir, attempt, nodes), *roll_call.compare(nodes)[0]]
-        if problems:
-            reason = "\n  ".join(["the workers cannot work together:", *problems])
-            runs.write_outcome(run_dir, attempt, runs.Outcome(runs.FAILED, reason, -1))
-            raise GaveUp(reason)
-        record(run_dir, attempt, [one.host for one in found])
-        address, port = worker_group.execute_single(0, meeting_point)
-        told = {
-            ATTEMPT: str(attempt),
-            NODES: str(len(nodes)),
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),
-        }
-        worker_group.execute(tell, told)
-        print(
-            f"attempt {attempt}: starting workers: {len(found)}, nodes: {len(nodes)}, logs: "
-            f"{runs.attempt_dir(run_dir, attempt)}",
-            flush=True,
-        )
-
-    def on_shutdown(self, worker_group: Any, backend_config: RunConfig) -> None:
-        """End the attempt. Where it still runs, Ray wants another number of workers: save first."""
-        run_dir, attempt = Path(backend_config.work.run_dir), self._attempt
-        if attempt is None:
-            return
-        with self._held:
-            deadline, asked = time.monotonic() + SAVE_SECONDS, False
-            while runs.read_outcome(run_dir, attempt) is None and time.monotonic() < deadline:
-                outcome = node.blame(run_dir, attempt)
-                if outcome is not None:
-                    runs.write_outcome(run_dir, attempt, outcome)
-                    return
-                if not asked:
-                    ask_to_stop(run_dir, attempt, RESIZE)
-                    asked = True
-                time.sleep(0.2)
-
-
-class Attempts(UserCallback):  # type: ignore[misc]
-    """Write down why an attempt failed, and decide whether there shall be another one."""
-
-    def __init__(self, run_dir: str, restarts: int) -> None:
-        self._run_dir, self._restarts = Path(run_dir), restarts
-        self._newest = max(manifest.folders(self._run_dir), default=0)
+    def __init__(
+        self,
+        run_dir: Path,
+        restarts: int,
+        seen: lease.Lease | None,
+        job: batch_job.Job | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.attempt = -1
+        self._restarts, self._seen, self._job = restarts, seen, job
+        self._newest = max(manifest.folders(run_dir), default=0)
         self._in_vain = 0
-        self._judged: int | None = None
+        self._held = ExitStack()
+        self._goes_on = False
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise GaveUp, which ends the run, where another attempt would be in vain.
+    def begin(self) -> int:
+        """Claim the next attempt; return its number. Raises UserError where somebody else owns."""
+        self.release()
+        self.attempt, self._seen = lease.claim(self.run_dir, self._seen), None
+        self._held.enter_context(lease.hold(self.run_dir, self.attempt))
+        self._goes_on = False
+        if self._job is not None:
+            batch_job.write(self.run_dir, self.attempt, self._job)
+        return self.attempt
 
-        Ray calls this at every look at its workers until they have ended.
+    def release(self) -> None:
+        """Own the run no longer."""
+        self._held.close()
+
+    def end(self) -> None:
+        """End an attempt: own the run no longer, unless there will be another attempt."""
+        outcome = runs.read_outcome(self.run_dir, self.attempt)
+        moves = outcome and outcome.code == runs.STOPPED and outcome.asked_by in GOES_ON
+        if not (moves or self._goes_on):
+            self.release()
+
+    def judge(self, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Write down why an attempt failed; raise GaveUp where another one would be in vain.
+
+        Ray asks at every look at its workers until they have ended: only the first time counts.
         """
-        run_dir, attempt = self._run_dir, int(os.environ[ATTEMPT])
-        if self._judged == attempt:
+        run_dir, attempt = self.run_dir, self.attempt
+        if self._goes_on:
             return
-        self._judged = attempt
         outcome = runs.read_outcome(run_dir, attempt)
         if outcome is None:
             outcome = explain(run_dir, attempt, worker_exceptions)
             runs.write_outcome(run_dir, attempt, outcome)
         moved = any(isinstance(error, Moved) for error in worker_exceptions.values())
         if outcome.code == runs.STOPPED and (moved or outcome.asked_by in GOES_ON):
+            self._goes_on = True
             return
         if outcome.code != runs.FAILED:
             raise GaveUp(outcome.reason)
@@ -145,6 +125,7 @@ class Attempts(UserCallback):  # type: ignore[misc]
             if self._restarts:
                 print(f"gave up after {self._restarts} restarts without a new checkpoint")
             raise GaveUp(outcome.reason)
+        self._goes_on = True
         print(
             f"{outcome.reason}\nstarting again from step {newest} (restarts without a newer one: "
             f"{self._in_vain} of {self._restarts})",
@@ -152,18 +133,109 @@ class Attempts(UserCallback):  # type: ignore[misc]
         )
 
 
-def explain(run_dir: Path, attempt: int, errors: dict[int, Exception]) -> runs.Outcome:
+HERE: list[Run] = []
+"""The one run of this process, once its first workers are there."""
+
+
+class RunBackend(Backend):  # type: ignore[misc]
+    """Begin and end an attempt around each start of Ray's workers."""
+
+    share_cuda_visible_devices = True  # a rank takes the GPU of its local number
+
+    def on_start(self, worker_group: Any, backend_config: RunConfig) -> None:
+        """Claim an attempt, look whether the nodes fit together, tell ranks where to meet."""
+        work = backend_config.work
+        if not HERE:
+            told = backend_config
+            HERE.append(Run(Path(work.run_dir), told.restarts, told.seen, told.job))
+        run = HERE[0]
+        before = runs.read_outcome(run.run_dir, run.attempt)
+        if before is not None and before.code == runs.FINISHED:
+            raise GaveUp("finished, while Ray was about to change the number of workers")
+        attempt = run.begin()
+        try:
+            prepare(worker_group, work, run.run_dir, attempt)
+        except Exception as error:
+            try:
+                if isinstance(error, RayActorError):  # Ray starts others without a word to us
+                    reason = f"a worker was lost before its rank began: {one_line(error)}"
+                    runs.write_outcome(run.run_dir, attempt, runs.Outcome(runs.FAILED, reason, -1))
+                    run.judge({})
+            finally:
+                run.end()
+            raise
+
+    def on_shutdown(self, worker_group: Any, backend_config: RunConfig) -> None:
+        """End the attempt. Where it still runs, Ray wants another number of workers: save first."""
+        if not HERE or HERE[0].attempt < 0:
+            return
+        run, deadline, asked = HERE[0], time.monotonic() + SAVE_SECONDS, False
+        run_dir, attempt = run.run_dir, run.attempt
+        while runs.read_outcome(run_dir, attempt) is None and time.monotonic() < deadline:
+            outcome = node.blame(run_dir, attempt)
+            if outcome is not None:
+                runs.write_outcome(run_dir, attempt, outcome)
+                break
+            if not asked:
+                ask_to_stop(run_dir, attempt, RESIZE)
+                asked = True
+            time.sleep(0.2)
+        run.end()
+
+
+class Attempts(UserCallback):  # type: ignore[misc]
+    """Decide whether there shall be another attempt after a failure."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise GaveUp, which ends the run, where it would be in vain."""
+        HERE[0].judge(worker_exceptions)
+
+
+def prepare(worker_group: Any, work: Work, run_dir: Path, attempt: int) -> None:
+    """Look whether the workers' nodes fit together, and tell ranks where to meet.
+
+    Raises GaveUp where they do not, and RayActorError where a worker is lost.
+    """
+    found: list[roll_call.Node] = worker_group.execute(look, work, attempt)
+    nodes = list({one.rank: one for one in found}.values())
+    problems = [*unseen(run_dir, attempt, nodes), *roll_call.compare(nodes)[0]]
+    if problems:
+        reason = "\n  ".join(["the workers cannot work together:", *problems])
+        runs.write_outcome(run_dir, attempt, runs.Outcome(runs.FAILED, reason, -1))
+        raise GaveUp(reason)
+    record(run_dir, attempt, [one.host for one in found])
+    address, port = worker_group.execute_single(0, meeting_point)
+    told = {
+        ATTEMPT: str(attempt),
+        NODES: str(len(nodes)),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    worker_group.execute(tell, told)
+    print(
+        f"attempt {attempt}: starting workers: {len(found)}, nodes: {len(nodes)}, logs: "
+        f"{runs.attempt_dir(run_dir, attempt)}",
+        flush=True,
+    )
+
+
+def explain(run_dir: Path, attempt: int, errors: Mapping[int, Exception]) -> runs.Outcome:
     """Say why an attempt failed; write down in its place why a worker did that was killed."""
     for rank, error in errors.items():
         if isinstance(error, Moved) or runs.has_failed(run_dir, attempt, rank):
             continue
         # Ray wraps the death of an actor; what is inside says how it died.
-        reason = " ".join(str(getattr(error, "health_check_failure", error)).split())
+        reason = one_line(getattr(error, "health_check_failure", error))
         killed = runs.Outcome(runs.FAILED, f"its Ray worker failed: {reason}", -1)
         runs.write_failure(run_dir, attempt, rank, killed, killed=True)
     return node.blame(run_dir, attempt) or runs.Outcome(
         runs.STOPPED, GOES_ON[0], -1, asked_by=GOES_ON[0]
     )
+
+
+def one_line(error: Exception) -> str:
+    """Return Ray's words without their layout."""
+    return " ".join(str(error).split())
 
 
 def look(work: Work, attempt: int) -> roll_call.Node:

@@ -1,7 +1,7 @@
 """Run a run folder on Ray, as the driver of the cluster's workers.
 
 Ray Train starts the workers, `ray_worker` a rank in each of them, `ray_controller` owns the run.
-This process hears signals, and says how it went. It needs no torch.
+This process hears signals, and says how it went.
 """
 
 from __future__ import annotations
@@ -10,23 +10,31 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_sft import lease, ray_cluster, runs
+from dist_sft import batch_job, lease, ray_batch, ray_cluster, runs
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
 
 ELASTIC_START_SECONDS = 15
 LOOK_SECONDS = 0.5
+NO_PACKAGE = (
+    "a node of the cluster cannot import dist_sft: Ray's workers run the Python of `ray start`. "
+    "Install dist_sft there, on every node, in the same version"
+)
+RELEASE_SECONDS = 10.0  # what Ray gets to end the controller
 
 
 def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
     """Run attempts on Ray until one ends the run; return its exit code."""
     options, began = launch.options, max(runs.attempts(run_dir), default=-1)
     (low, high), per_worker = options["workers"], options["resources_per_worker"]
+    job = ray_batch.note(run_dir)
     if low < high:  # Ray takes a node that has just died for one that may be used
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
     with ExitStack() as stack:
@@ -38,10 +46,12 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
             per_worker["GPU"] = 1.0
         ray_cluster.wait_for_room(low, per_worker, options["wait"])
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
-        engine = Engine(run_dir, launch, seen)
+        engine = Engine(partial(trainer, run_dir.absolute(), launch, seen, job))
         engine.start()
         left = follow(engine, relay, run_dir, launch, began)
     newest = max(runs.attempts(run_dir), default=-1)
+    if newest > began:
+        release(run_dir, newest)
     ended = runs.read_outcome(run_dir, newest) if newest > began else None
     outcome = ended or left or engine.verdict()
     if left is not None and outcome.code == runs.FAILED:  # it waited to go on
@@ -50,6 +60,8 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         runs.write_outcome(run_dir, newest, outcome)
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
+    if outcome.code == runs.STOPPED:
+        print("the same command continues the run", file=sys.stderr)
     return outcome.code
 
 
@@ -89,31 +101,46 @@ def follow(
     return None
 
 
+def release(run_dir: Path, attempt: int) -> None:
+    """Remove the lease of a controller that was ended with Ray, before the run was."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while (held := lease.read(run_dir)) and held.attempt == attempt:
+        if lease.is_gone(held.owner):
+            (run_dir / lease.NAME).unlink(missing_ok=True)
+        elif time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
+
+
 class Engine(threading.Thread):
     """Ray Train at work, in a thread: in the main one it would hear signals, and abort."""
 
-    def __init__(self, run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> None:
+    def __init__(self, trainer: Callable[[], Any]) -> None:
         super().__init__(name="ray", daemon=True)
-        self._run_dir, self._launch, self._seen = run_dir, launch, seen
+        self._trainer = trainer
         self._error: Exception | None = None
 
     def run(self) -> None:
         try:
-            trainer(self._run_dir.absolute(), self._launch, self._seen).fit()
+            self._trainer().fit()
         except Exception as error:
             self._error = error
 
     def verdict(self) -> runs.Outcome:
         """Say how it went where no attempt could."""
         cause = getattr(self._error, "controller_failure", self._error)
+        if "No module named 'dist_sft" in str(cause):
+            return runs.Outcome(runs.WRONG_INPUT, NO_PACKAGE, -1)
         code = runs.WRONG_INPUT if isinstance(cause, UserError) else runs.FAILED
         return runs.Outcome(code, str(cause or "Ray ended the run without a word"), -1)
 
 
-def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any:
+def trainer(
+    run_dir: Path, launch: runs.Launch, seen: lease.Lease | None, job: batch_job.Job | None
+) -> Any:
     """Return Ray's trainer for a run folder, which is its storage, too."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.torch import TorchTrainer
 
     from dist_sft import ray_controller, ray_worker
 
@@ -124,10 +151,10 @@ def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any
     work = ray_worker.Work(str(run_dir), options["folder"], gpus)
     # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
     (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    return DataParallelTrainer(
+    return TorchTrainer(
         ray_worker.run_rank,
         train_loop_config=asdict(work),
-        backend_config=ray_controller.RunConfig(work, seen),
+        torch_config=ray_controller.RunConfig(work, options["restarts"], seen, job),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=gpus,
@@ -139,7 +166,7 @@ def trainer(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> Any
             storage_path=str(run_dir.parent),
             # How often is decided by the callback, which knows whether there was progress.
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[ray_controller.Attempts(str(run_dir), options["restarts"])],
+            callbacks=[ray_controller.Attempts()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -100,24 +100,24 @@ def parser_of_commands() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
         command.add_argument("--address", metavar=ADDRESSES, help="default: as it was launched")
-        if name == "resume":
-            add_submission(command)
+        add_submission(command, runs_something=name == "resume")
     return result
 
 
-def add_submission(to: argparse.ArgumentParser) -> None:
+def add_submission(to: argparse.ArgumentParser, runs_something: bool = True) -> None:
     """Add what is for http:// addresses only."""
     to.add_argument(
         "--folder",
         metavar="DIR",
         help="with http://: the job's folder on the cluster (default: the one you are in)",
     )
-    to.add_argument(
-        "--runtime-env",
-        type=Path,
-        metavar="FILE",
-        help="with http://: what the job needs, in Ray's words, as a YAML file",
-    )
+    if runs_something:
+        to.add_argument(
+            "--runtime-env",
+            type=Path,
+            metavar="FILE",
+            help="with http://: what the job needs, in Ray's words, as a YAML file",
+        )
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -125,6 +125,12 @@ def launch(options: argparse.Namespace) -> int:
     size, per_worker = size_of(options), resources_of(options)
     recipe = launching.read(options)
     http = ray_submit.is_http(options.address)
+    if options.prepare and http:
+        raise UserError(
+            "--prepare: it writes the run folder from here; where the cluster sees it, too, leave "
+            f"--address out now, and then: launch/ray_job.py resume {recipe.run_dir} --address "
+            f"{options.address}"
+        )
     if not options.prepare and not http:
         if launching.is_finished(recipe, reuse=options.reuse_unchanged):
             return runs.FINISHED
@@ -132,12 +138,11 @@ def launch(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(dry_run(options, recipe, size, per_worker))
         return runs.FINISHED
-    if http and not options.prepare:
-        folder = options.folder or os.getcwd()
+    if http:
         return ray_submit.submit(
             options.address,
             submitted(options),
-            str(Path(folder, recipe.run_dir)),
+            ray_submit.on_cluster(recipe.run_dir, options.folder),
             ray_submit.read_runtime_env(options.runtime_env),
             Path(options.recipe),
         )
@@ -155,7 +160,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.prepare:
         print(f"prepared {run_dir}; to start it: launch/ray_job.py resume {run_dir}")
         return runs.FINISHED
-    (run_dir / "STOP").unlink(missing_ok=True)
+    remove_stop(run_dir)
     return ray_driver.run(run_dir, how, seen)
 
 
@@ -167,8 +172,9 @@ def submitted(options: argparse.Namespace) -> str:
             words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     for name in ("resources_per_worker", "allow_change"):
         words += [f"--{name.replace('_', '-')}={value}" for value in getattr(options, name)]
-    if options.trust_checkpoint:
-        words.append("--trust-checkpoint")
+    for name in ("reuse_unchanged", "trust_checkpoint"):
+        if getattr(options, name):
+            words.append(f"--{name.replace('_', '-')}")
     return ray_submit.entrypoint([*words, "--address=auto"], options.folder or os.getcwd())
 
 
@@ -176,7 +182,7 @@ def cancel(options: argparse.Namespace) -> int:
     """Let a run save, and see it ended; raises UserError where there is none."""
     run_dir: Path = options.run_dir
     if ray_submit.is_http(options.address):
-        return ray_submit.cancel(options.address, str(run_dir.absolute()))
+        return ray_submit.cancel(options.address, ray_submit.on_cluster(run_dir, options.folder))
     held = lease.read(run_dir) if runs.read_launch(run_dir).launcher == "ray" else None
     if held is None or lease.is_gone(held.owner):
         raise UserError(f"nobody works on {run_dir} from Ray: there is nothing to cancel")
@@ -197,11 +203,12 @@ def resume(options: argparse.Namespace) -> int:
     """Go on with a run as it was launched."""
     run_dir: Path = options.run_dir
     if ray_submit.is_http(options.address):
-        words = ["dist_sft.ray_job", "resume", str(run_dir.absolute()), "--address=auto"]
+        there = ray_submit.on_cluster(run_dir, options.folder)
+        words = ["dist_sft.ray_job", "resume", there, "--address=auto"]
         return ray_submit.submit(
             options.address,
             ray_submit.entrypoint(words, options.folder or os.getcwd()),
-            str(run_dir.absolute()),
+            there,
             ray_submit.read_runtime_env(options.runtime_env),
         )
     how = runs.read_launch(run_dir)
@@ -211,10 +218,21 @@ def resume(options: argparse.Namespace) -> int:
         print(f"{run_dir} is finished already")
         return runs.FINISHED
     seen = lease.wait_until_free(run_dir)
-    (run_dir / "STOP").unlink(missing_ok=True)
+    remove_stop(run_dir)
     if options.address:
         how = replace(how, options=how.options | {"address": options.address})
     return ray_driver.run(run_dir, how, seen)
+
+
+def remove_stop(run_dir: Path) -> None:
+    """Forget that the run was asked to stop; raise UserError where no person wants it to go on."""
+    stop = run_dir / "STOP"
+    if stop.exists() and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        raise UserError(
+            f"{stop} asks this run to stop, and it was SLURM that started it again; submit it "
+            "again, and it goes on"
+        )
+    stop.unlink(missing_ok=True)
 
 
 def size_of(options: argparse.Namespace) -> tuple[int, int]:

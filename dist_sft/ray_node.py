@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
+
+from dist_sft import process
 from dist_sft.ray_cluster import OBJECT_STORE_BYTES
+
+NOTICE, OVER = "notice", "over"
+"""Names of files in the job's own folder: SLURM has sent TERM; Ray shall end."""
+AGAIN_SECONDS = 5
 
 
 def ray_command(
@@ -46,24 +55,53 @@ def own_address(head: str, port: int) -> str:
 
 
 def main() -> int:
-    """Run Ray on this node; return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dist_sft.ray_node", description=__doc__)
+    """Run Ray on this node until the job's own folder says that it ends; return an exit code.
+
+    Ray's processes do not hear TERM. SLURM sends it to every process of a job step, to give notice
+    of a preemption, and the run must save before Ray goes: the batch script is told of it. A node's
+    Ray that dies is started again, but for the head, with which the cluster ends.
+    """
+    parser = argparse.ArgumentParser(prog="python -m dist_sft.ray_node", description=main.__doc__)
     parser.add_argument("head", help="host of the first node")
     parser.add_argument("port", type=int, help="where nodes meet")
+    parser.add_argument("job", type=Path, help="the job's own folder, which all nodes see")
     arguments = parser.parse_args()
-    env = os.environ
+    signal.signal(signal.SIGTERM, lambda *_: (arguments.job / NOTICE).touch())
+    env, over = os.environ, arguments.job / OVER
     node, cpus = int(env["SLURM_NODEID"]), int(env["SLURM_CPUS_ON_NODE"])
     folder = Path(f"/tmp/ray-{env['SLURM_JOB_ID']}-{node}")
-    shutil.rmtree(folder, ignore_errors=True)  # of this job before it was put back
     address = own_address(arguments.head, arguments.port)
-    child = subprocess.Popen(
-        ray_command(node, cpus, address, arguments.head, arguments.port, folder)
-    )
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
-        return child.wait()
-    finally:
+    command = ray_command(node, cpus, address, arguments.head, arguments.port, folder)
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)  # of this job before it was put back
+        child = subprocess.Popen(command, start_new_session=True, preexec_fn=block_term)
+        while child.poll() is None and not over.exists():
+            time.sleep(1)
+        kill_session(child)
         shutil.rmtree(folder, ignore_errors=True)
+        if over.exists() or node == 0:
+            return 0 if over.exists() else child.returncode or 1
+        print(f"{socket.gethostname()}: Ray ended with {child.returncode}; starting it again")
+        time.sleep(AGAIN_SECONDS)
+
+
+def block_term() -> None:
+    """Let this process and what it starts hear no TERM."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def kill_session(leader: subprocess.Popen[bytes]) -> None:
+    """End a process, and all that share its session, whoever their parents are by now."""
+    while living := [pid for pid in psutil.pids() if session_of(pid) == leader.pid]:
+        process.kill(living)
+        leader.poll()
+
+
+def session_of(pid: int) -> int | None:
+    """Return the session that a living process is in."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid) if process.state_of(pid) else None
+    return None
 
 
 if __name__ == "__main__":

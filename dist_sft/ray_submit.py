@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shlex
 import shutil
 import sys
@@ -16,14 +17,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_sft import runs
+from dist_sft import ray_cluster, runs
 from dist_sft.errors import UserError
 from dist_sft.recipe_yaml import read_tree
 
 RECIPE = "recipe.yaml"
 POLL_SECONDS = 1.0
 STOP_SECONDS = 300.0
+NO_FOLDER = "--folder: the job's folder must be there on the head of the cluster"
+NO_PACKAGE = (
+    "$(hostname), the head of the cluster: $python cannot import dist_sft. Name one that can by "
+    "DIST_SFT_PYTHON, under env_vars in the file of --runtime-env"
+)
+"""In a shell's double quotes."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def on_cluster(run_dir: str | Path, folder: str | None) -> str:
+    """Return the path of a run folder on the cluster, where relative ones count from `folder`."""
+    return os.path.normpath(os.path.join(folder or os.getcwd(), run_dir))
 
 
 def is_http(address: str | None) -> bool:
@@ -37,9 +49,12 @@ def entrypoint(words: Sequence[str], folder: str) -> str:
     RECIPE among the words is the file that came with the job.
     """
     quoted = ['"$recipe"' if word == RECIPE else shlex.quote(word) for word in words]
+    refusal = f"exit {runs.WRONG_INPUT}; }}"
     return (
-        f"recipe=$PWD/{RECIPE}; cd {shlex.quote(folder)} || exit {runs.WRONG_INPUT}; "
-        f'exec "${{DIST_SFT_PYTHON:-python}}" -m {" ".join(quoted)}'
+        f"recipe=$PWD/{RECIPE}; python=${{DIST_SFT_PYTHON:-python}}; "
+        f"cd {shlex.quote(folder)} || {{ echo {shlex.quote(NO_FOLDER)}; {refusal}; "
+        f'"$python" -c "import dist_sft" || {{ echo "{NO_PACKAGE}"; {refusal}; '
+        f'exec "$python" -m {" ".join(quoted)}'
     )
 
 
@@ -68,7 +83,7 @@ def client(address: str) -> Iterator[Any]:
         raise UserError("Ray is not installed here: pip install 'ray[default]'") from None
     try:
         yield JobSubmissionClient(address)
-    except (AuthenticationError, RuntimeError, ConnectionError) as error:
+    except (AuthenticationError, RuntimeError, OSError) as error:
         raise UserError(f"--address: {address}: {error}") from None
 
 
@@ -81,6 +96,7 @@ def submit(
 ) -> int:
     """Submit a job and follow its log to its end; return the launcher's exit code."""
     with client(address) as jobs, tempfile.TemporaryDirectory(prefix="dist_sft-") as name:
+        ray_cluster.warn(address)
         environment = dict(runtime_env)
         if recipe is not None:
             shutil.copyfile(recipe, Path(name, RECIPE))
@@ -92,23 +108,33 @@ def submit(
         try:
             return follow(jobs, job)
         except KeyboardInterrupt:
-            print(
-                f"\nthe job goes on; to stop it: launch/ray_job.py cancel {run_dir} --address "
-                f"{address}",
-                file=sys.stderr,
-            )
-            return runs.FAILED
+            why = ""
+        except (RuntimeError, OSError) as error:
+            why = f"{address} does not answer any more ({error}): "
+        print(
+            f"\n{why}the job goes on; its log: ray job logs --follow {job} --address {address}\n"
+            f"to stop it: launch/ray_job.py cancel {run_dir} --address {address}",
+            file=sys.stderr,
+        )
+        return runs.FAILED
 
 
 def follow(jobs: Any, job: str) -> int:
-    """Print a job's log until it has ended; return its exit code."""
+    """Print a job's log until it has ended; return its exit code.
+
+    Raises RuntimeError or OSError where the cluster is lost.
+    """
 
     async def tail() -> None:
         async for text in jobs.tail_job_logs(job):
             print(text, end="", flush=True)
 
-    with contextlib.suppress(RuntimeError):  # it ended before its log could be opened
+    try:
         asyncio.run(tail())
+    except RuntimeError:
+        if jobs.get_job_status(job).value not in ENDED:
+            raise
+        # it ended before its log could be opened
     while (info := jobs.get_job_info(job)).status.value not in ENDED:
         time.sleep(POLL_SECONDS)
     code: int | None = info.driver_exit_code
@@ -127,7 +153,10 @@ def cancel(address: str, run_dir: str) -> int:
             if info.status.value not in ENDED and info.metadata.get("run_dir") == run_dir
         ]
         if not mine:
-            raise UserError(f"{run_dir} has no job on {address}")
+            raise UserError(
+                f"{run_dir} has no job on {address}; where it was launched on a node of the "
+                f"cluster, `dist-sft stop {run_dir}` there stops it"
+            )
         environment = jobs.get_job_info(mine[0]).runtime_env or {}
         asking = jobs.submit_job(
             entrypoint=entrypoint(["dist_sft.cli", "stop", run_dir], "/"),

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
+from ray.util.metrics import Gauge
 
 from dist_sft import manifest, node, process, runs
 from dist_sft.config import read_config_json
@@ -176,9 +177,12 @@ def talk(
         over = ended.wait(TICK_SECONDS)
         news = None
         if rank == 0:
-            if max(runs.attempts(run_dir), default=0) > attempt:
-                lost.set()
-            news = News(read_stop(run_dir, attempt), reporter.has_news(), over)
+            stop, reports = None, False
+            with contextlib.suppress(OSError):  # the file system may answer next time
+                if max(runs.attempts(run_dir), default=0) > attempt:
+                    lost.set()
+                stop, reports = read_stop(run_dir, attempt), reporter.has_news()
+            news = News(stop, reports, over)
         news = News(*broadcast_from_rank_zero(news))
         if news.stop:
             told.tell(news.stop)
@@ -203,12 +207,17 @@ def read_stop(run_dir: Path, attempt: int) -> str | None:
 
 
 class Reporter:
-    """Read in the run folder what there is to report to Ray."""
+    """Read in the run folder what there is to report to Ray.
+
+    Its dashboard shows runs and their workers, but no number that is reported to Ray Train. So they
+    are told to Ray's metrics, too, which it shows with Grafana.
+    """
 
     def __init__(self, run_dir: Path, attempt: int) -> None:
         self._run_dir, self._attempt = run_dir, attempt
         self._step = self._saved = 0
         self._newest = max(manifest.folders(run_dir), default=0)
+        self._gauge = Gauge("dist_sft", "Numbers of the newest step", ("run", "number"))
         self.metrics: dict[str, Any] = {}
 
     def has_news(self) -> bool:
@@ -219,6 +228,9 @@ class Reporter:
         self._step = line["step"]
         self.metrics = dict(flatten(line))
         self._newest = max(manifest.folders(self._run_dir), default=0)
+        for name, value in (*self.metrics.items(), ("checkpoint", self._newest)):
+            if isinstance(value, int | float):
+                self._gauge.set(value, {"run": str(self._run_dir), "number": name})
         return True
 
     def checkpoint(self) -> Checkpoint | None:

@@ -1,8 +1,15 @@
 """What the Ray launcher makes of its arguments, and what a worker makes of how a rank ended."""
 
+import contextlib
 import json
+import os
 import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +17,11 @@ import yaml
 
 pytest.importorskip("ray")
 
-from dist_sft import node, ray_cluster, ray_job, ray_submit, ray_worker, runs
+from ray.exceptions import RayActorError
+
+from dist_sft import lease, node, ray_cluster, ray_controller, ray_job, ray_submit, ray_worker, runs
 from dist_sft.errors import UserError
-from dist_sft.ray_controller import Attempts, GaveUp, ask_to_stop
+from dist_sft.ray_controller import GaveUp, Run, ask_to_stop
 from dist_sft.ray_node import ray_command
 from dist_sft.runs import Outcome
 
@@ -80,6 +89,10 @@ def test_the_size_and_the_resources(capsys: pytest.CaptureFixture[str]) -> None:
             "--runtime-env: no.yaml is no file",
         ),
         (("--address=http://127.0.0.1:1",), "--address: http://127.0.0.1:1: "),
+        (
+            ("--address=http://127.0.0.1:1", "--prepare"),
+            "then: launch/ray_job.py resume runs/my run --address http://127.0.0.1:1",
+        ),
         (("--address=127.0.0.1:1",), "got 127.0.0.1:1, and it cannot be joined: [Errno 111]"),
         (("--address=ray://a",), "got ray://a, and it cannot be joined: invalid literal"),
     ],
@@ -104,18 +117,96 @@ def test_a_job_runs_the_same_launch_on_the_cluster(
     )
     line = asked(capsys, *words)["entrypoint"]
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\npwd; printf "%s\\n" "$@"\n')
+    program.write_text('#!/bin/sh\n[ "$1" = -c ] || { pwd; printf "%s\\n" "$@"; }\n')
     program.chmod(0o755)
-    done = subprocess.run(
-        ["sh", "-c", line], text=True, capture_output=True, env={"DIST_SFT_PYTHON": str(program)}
-    )
+    done = run_line(line, program)
     assert done.stdout.splitlines() == [
         str(folder),
         *("-m", "dist_sft.ray_job", "train", f"{here}/recipe.yaml", "model.tokenizer=a b"),
         *("--workers=2", "--restarts=3", "--wait=45", "--resize-every=60", "--address=auto"),
     ]
+    program.write_text("#!/bin/sh\nexit 1\n")
+    done = run_line(line, program)
+    assert done.returncode == runs.WRONG_INPUT
+    assert f"the head of the cluster: {program} cannot import dist_sft" in done.stdout
+    assert "DIST_SFT_PYTHON, under env_vars" in done.stdout
+    assert "cannot import" in run_line(line, tmp_path / "not there").stdout
     folder.rmdir()
-    assert subprocess.run(["sh", "-c", line], capture_output=True).returncode == runs.WRONG_INPUT
+    done = run_line(line, program)
+    assert done.returncode == runs.WRONG_INPUT
+    assert "--folder: the job's folder must be there" in done.stdout
+
+
+def run_line(line: str, python: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"DIST_SFT_PYTHON": str(python), "PATH": os.environ["PATH"]}
+    return subprocess.run(["sh", "-c", line], text=True, capture_output=True, env=environment)
+
+
+def test_a_run_folder_on_the_cluster(here: Path) -> None:
+    """A path means the same to who submits, cancels and resumes."""
+    assert ray_submit.on_cluster("runs/../runs/x", "/shared/me") == "/shared/me/runs/x"
+    assert ray_submit.on_cluster("x", None) == f"{here}/x"
+    assert ray_submit.on_cluster(Path("/shared/x"), "/elsewhere") == "/shared/x"
+
+
+class Job:
+    """A job that ends after so many looks, and a log that breaks off."""
+
+    def __init__(self, looks: int, error: Exception | None = None) -> None:
+        self.looks, self.error = looks, error
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        yield "step 1\n"
+        if self.error is not None:
+            raise self.error
+
+    def get_job_info(self, _: str) -> Any:
+        self.looks -= 1
+        ended = SimpleNamespace(value="SUCCEEDED" if self.looks < 0 else "RUNNING")
+        return SimpleNamespace(status=ended, driver_exit_code=0, message="")
+
+    def get_job_status(self, job: str) -> Any:
+        return self.get_job_info(job).status
+
+
+def test_a_log_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_submit, "POLL_SECONDS", 0)
+    assert ray_submit.follow(Job(2), "job") == runs.FINISHED
+    assert ray_submit.follow(Job(0, RuntimeError("closed")), "job") == runs.FINISHED
+    with pytest.raises(RuntimeError, match="closed"):
+        ray_submit.follow(Job(2, RuntimeError("closed")), "job")
+
+
+def test_a_job_goes_on_without_its_client(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextlib.contextmanager
+    def client(_: str) -> Iterator[Any]:
+        job = Job(2, ConnectionResetError("reset"))
+        job.submit_job = lambda **_: "job"
+        yield job
+
+    monkeypatch.setattr(ray_submit, "client", client)
+    monkeypatch.setattr(ray_cluster, "is_guarded", lambda _: True)
+    assert ray_submit.submit("http://h:1", "line", "/run", {}) == runs.FAILED
+    told = capsys.readouterr().err
+    assert "http://h:1 does not answer any more (reset): the job goes on" in told
+    assert "launch/ray_job.py cancel /run --address http://h:1" in told
+
+
+def test_a_client_needs_no_torch() -> None:
+    """Nor what comes with it."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys("
+        "['torch', 'transformers', 'datasets', 'accelerate', 'deepspeed', 'tokenizers'])); "
+        "from dist_sft.ray_job import main; sys.exit(main())"
+    )
+    words = ("train", "recipe.yaml", "--address=http://127.0.0.1:1")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], text=True, capture_output=True, timeout=60
+    )
+    assert done.returncode == runs.WRONG_INPUT
+    assert "--address: http://127.0.0.1:1: Failed to connect to Ray" in done.stderr
 
 
 def test_a_runtime_environment(tmp_path: Path) -> None:
@@ -152,26 +243,42 @@ def test_what_there_is_is_told() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("mode", "dashboard", "words"),
-    [
-        ("token", "10.0.0.1:8265", ()),
-        ("disabled", "127.0.0.1:8265", ("no token authentication", "RAY_AUTH_MODE=token")),
-        ("disabled", "10.0.0.1:8265", ("Its dashboard listens on 10.0.0.1",)),
-    ],
-)
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+@pytest.mark.parametrize("own", ["token", "disabled"])
 def test_an_open_cluster_is_warned_of(
-    mode: str,
-    dashboard: str,
-    words: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    mode: str, own: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    ray_cluster.warn(dashboard)
-    told = capsys.readouterr().out
-    assert all(word in told for word in words)
-    assert bool(told) == bool(words)
+    """The cluster is asked: what this shell has set says nothing about it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", own)
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/api/authentication_mode"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"authentication_mode": mode}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        ray_cluster.warn(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        thread.join()
+    told = capsys.readouterr().err
+    assert ("no token authentication" in told) == (mode == "disabled")
+    assert ("RAY_AUTH_MODE=token" in told) == (mode == "disabled")
+
+
+def test_a_dashboard_for_all_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_cluster, "is_guarded", lambda _: False)
+    ray_cluster.warn("http://10.0.0.1:8265")
+    ray_cluster.warn("http://127.0.0.1:8265")
+    assert capsys.readouterr().err.count("Its dashboard listens on") == 1
 
 
 def test_the_head_of_a_slurm_job() -> None:
@@ -220,49 +327,93 @@ def test_a_rank_that_fails_without_a_word(run_dir: Path, code: int, told: str) -
 
 
 @pytest.fixture
-def attempts(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Attempts:
-    monkeypatch.setenv(ray_worker.ATTEMPT, "0")
-    return Attempts(str(run_dir), restarts=1)
+def run(run_dir: Path) -> Iterator[Run]:
+    """Own a run whose first attempt has begun."""
+    (run_dir / "logs/attempt-0").rmdir()
+    run = Run(run_dir, restarts=1, seen=None)
+    run.begin()
+    yield run
+    run.release()
 
 
-def fail(attempts: Attempts, run_dir: Path, attempt: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ray_worker.ATTEMPT, str(attempt))
-    runs.attempt_dir(run_dir, attempt).mkdir(exist_ok=True)
-    attempts.after_exception(None, {1: RuntimeError("the actor died")})
+def owner_of(run: Run) -> int | None:
+    held = lease.read(run.run_dir)
+    return None if held is None else held.attempt
 
 
-def test_restarts_without_progress_are_bounded(
-    attempts: Attempts, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail(attempts, run_dir, 0, monkeypatch)
-    fail(attempts, run_dir, 0, monkeypatch)  # Ray tells more than once
-    (run_dir / "checkpoints/step-00000004").mkdir(parents=True)
-    fail(attempts, run_dir, 1, monkeypatch)
+def test_restarts_without_progress_are_bounded(run: Run) -> None:
+    """The run is owned between attempts, too, until there will be no other."""
+    died = {1: RuntimeError("the actor died")}
+    run.judge(died)
+    run.judge(died)  # Ray tells more than once
+    run.end()
+    assert owner_of(run) == 0
+    (run.run_dir / "checkpoints/step-00000004").mkdir(parents=True)
+    assert run.begin() == 1
+    run.judge(died)
+    run.end()
+    assert run.begin() == owner_of(run) == 2
     with pytest.raises(GaveUp, match="the actor died"):
-        fail(attempts, run_dir, 2, monkeypatch)
-    outcome = runs.read_outcome(run_dir, 2)
+        run.judge(died)
+    run.end()
+    assert owner_of(run) is None
+    outcome = runs.read_outcome(run.run_dir, 2)
     assert outcome is not None
     assert "its Ray worker failed: the actor died\nrank 1 failed first" in outcome.reason
 
 
 @pytest.mark.parametrize("code", [runs.WRONG_INPUT, runs.STOPPED])
-def test_what_is_not_tried_again(
-    attempts: Attempts, run_dir: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    runs.write_outcome(run_dir, 0, Outcome(code, "because", 2))
+def test_what_is_not_tried_again(run: Run, code: int) -> None:
+    runs.write_outcome(run.run_dir, 0, Outcome(code, "because", 2))
     with pytest.raises(GaveUp, match="because"):
-        fail(attempts, run_dir, 0, monkeypatch)
+        run.judge({1: RuntimeError("the actor died")})
+    run.end()
+    assert owner_of(run) is None
 
 
-def test_ranks_that_have_moved_go_on(attempts: Attempts, run_dir: Path) -> None:
-    runs.write_outcome(run_dir, 0, Outcome(runs.STOPPED, "stopped", 3, asked_by="another rank"))
-    attempts.after_exception(None, {0: ray_worker.Moved("x"), 1: RuntimeError("node died")})
+def test_ranks_that_have_moved_go_on(run: Run) -> None:
+    runs.write_outcome(run.run_dir, 0, Outcome(runs.STOPPED, "stopped", 3, asked_by="another rank"))
+    run.judge({0: ray_worker.Moved("x"), 1: RuntimeError("node died")})
+    run.end()
+    assert owner_of(run) == 0
 
 
-def test_a_drained_node_that_died_first_goes_on(attempts: Attempts, run_dir: Path) -> None:
-    saved = Outcome(runs.STOPPED, "stopped", 3, asked_by=ray_worker.DRAIN)
-    runs.write_outcome(run_dir, 0, saved)
-    attempts.after_exception(None, {1: RuntimeError("node died")})
+@pytest.mark.parametrize("why", ray_worker.GOES_ON)
+def test_a_drained_node_that_died_first_goes_on(run: Run, why: str) -> None:
+    runs.write_outcome(run.run_dir, 0, Outcome(runs.STOPPED, "stopped", 3, asked_by=why))
+    if why == ray_worker.DRAIN:
+        run.judge({1: RuntimeError("node died")})
+    run.end()
+    assert owner_of(run) == 0
+
+
+def test_a_run_that_another_launcher_took_over_ends(run: Run) -> None:
+    (run.run_dir / "logs/attempt-1").mkdir()
+    with pytest.raises(GaveUp, match="another launcher has taken over"):
+        run.judge({1: RuntimeError("the actor died")})
+
+
+def test_a_worker_that_is_lost_before_its_rank_begins(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts others and says nothing to the backend: they get another attempt, but not more."""
+    (run_dir / "logs/attempt-0").rmdir()
+    owned: list[Run] = []
+    monkeypatch.setattr(ray_controller, "HERE", owned)
+
+    class Workers:
+        def execute(self, *_: object) -> list[object]:
+            raise RayActorError
+
+    told = ray_controller.RunConfig(ray_worker.Work(str(run_dir), "/", False), 1, None)
+    backend = ray_controller.RunBackend()
+    with pytest.raises(RayActorError):
+        backend.on_start(Workers(), told)
+    assert owner_of(owned[0]) == 0
+    with pytest.raises(GaveUp, match="a worker was lost before its rank began"):
+        backend.on_start(Workers(), told)
+    assert runs.attempts(run_dir) == [0, 1]
+    assert owner_of(owned[0]) is None
 
 
 def test_the_first_wish_to_stop_counts(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""What tests on clusters share: SLURM, folders for its users, a run that nobody disturbs."""
+"""What tests on clusters share: SLURM, Ray, folders for their users, undisturbed runs."""
 
 import os
 import tempfile
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray_cluster
 from slurm_cluster import Cluster, slurm_cluster, unavailable
-from slurm_run import common, make_slow, run_here
+from slurm_run import common, make, make_slow, run_here
 
 
 @contextmanager
@@ -76,3 +77,27 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(tmp_path: Path) -> Path:
     """Write the recipe, slow in its first attempt; the path of its run folder has a space."""
     return make_slow(tmp_path, "the run")
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[ray_cluster.Cluster]:
+    """Start two nodes with a worker's room each."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as name,
+        ray_cluster.ray_cluster(Path(name), 1) as started,
+    ):
+        started.add()
+        yield started
+
+
+@pytest.fixture
+def ray(shared_ray: ray_cluster.Cluster) -> Iterator[ray_cluster.Cluster]:
+    """Give a test that cluster; a node that it took away is replaced after it."""
+    yield shared_ray
+    shared_ray.repair(nodes=2)
+
+
+@pytest.fixture(scope="session")
+def whole_for_ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run on this machine, undisturbed, by two ranks."""
+    return run_here(make(tmp_path_factory.mktemp("undisturbed"), "run"))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 from processes import free_port
@@ -41,7 +42,12 @@ class Node:
                 command,
                 env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self.ip, self.log = ip, log
+        self.ip, self.log, self.metrics_port = ip, log, 0
+        self.odd = hides is not None
+        """Whether it must not be there for another test."""
+
+    def is_up(self) -> bool:
+        return self._process.poll() is None
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + SECONDS
@@ -74,21 +80,17 @@ class Node:
 
 
 class Cluster:
-    """A head, and the nodes that were added to it, with addresses of their own from 127.0.0.2."""
+    """A head, and the nodes that were added to it, with addresses of their own from 127.0.0.2.
 
-    def __init__(self, folder: Path, cpus: int) -> None:
-        self._folder = folder
+    It wants a token, but for one that is `open` to all.
+    """
+
+    def __init__(self, folder: Path, cpus: int, open: bool, variables: Mapping[str, str]) -> None:
+        self.folder, self._variables = folder, variables
         self._numbers = itertools.count()
-        token = folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "OMP_NUM_THREADS": "1",
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        }
+        self.environment = environment(folder)
+        if open:
+            self.environment["RAY_AUTH_MODE"] = "disabled"
         self.port, self.dashboard = free_port(), free_port()
         self.nodes: list[Node] = []
         self.address = f"127.0.0.2:{self.port}"
@@ -102,6 +104,14 @@ class Cluster:
         """Add a node; it `hides` a folder, as one does on which a file system is not mounted."""
         return self._start(cpus, f"--address={self.address}", hides=hides)
 
+    def repair(self, nodes: int) -> None:
+        """End nodes that are dead or odd, and add others until there are so many."""
+        for node in [node for node in self.nodes if node.odd or not node.is_up()]:
+            self.nodes.remove(node)
+            node.kill()
+        while len(self.nodes) < nodes:
+            self.add()
+
     def drain(self, node: Node, seconds: int = 300) -> None:
         """Announce that a node will be taken away, as a cloud does before it takes one."""
         find = (
@@ -114,14 +124,26 @@ class Cluster:
             "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=taken",
             f"--deadline-remaining-seconds={seconds}",
         )  # fmt: skip
+        node.odd = True
 
     def jobs(self) -> str:
         """Return all that Ray tells of the jobs that were submitted."""
-        listing = (
-            "from ray.job_submission import JobSubmissionClient; "
-            f"print(JobSubmissionClient('{self.http}').list_jobs())"
-        )
-        return self._call(sys.executable, "-c", listing)
+        return self.dashboard_says("/api/jobs/")
+
+    def dashboard_says(self, path: str) -> str:
+        """Return what a page of the dashboard's interface says to who has the token."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = Request(self.http + path, headers={"Authorization": f"Bearer {token}"})
+        with urlopen(request, timeout=SECONDS) as answer:
+            return answer.read().decode()
+
+    def metrics(self) -> str:
+        """Return what the nodes' metrics are, as Prometheus reads them."""
+        told = []
+        for node in self.nodes:
+            with urlopen(f"http://{node.ip}:{node.metrics_port}/metrics", timeout=SECONDS) as said:
+                told.append(said.read().decode())
+        return "\n".join(told)
 
     def _call(self, *command: str | Path) -> str:
         done = subprocess.run(
@@ -131,15 +153,15 @@ class Cluster:
         return done.stdout
 
     def _start(self, cpus: int, *options: str, hides: Path | None = None) -> Node:
-        number = next(self._numbers)
+        number, metrics = next(self._numbers), free_port()
         ip = f"127.0.0.{2 + number}"
         command = [
-            f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={2**27}",
-            f"--node-ip-address={ip}", "--dashboard-agent-listen-port=0",
-            "--min-worker-port=0", "--max-worker-port=0",
-            f"--temp-dir={self._folder}/{number}", *options,
+            *node_options(ip, cpus), f"--metrics-export-port={metrics}",
+            f"--temp-dir={self.folder}/{number}", *options,
         ]  # fmt: skip
-        node = Node(ip, command, hides, self.environment, self._folder / f"node-{number}.log")
+        variables = {**self.environment, **self._variables}
+        node = Node(ip, command, hides, variables, self.folder / f"node-{number}.log")
+        node.metrics_port = metrics
         self.nodes.append(node)
         node.wait_until_up()
         return node
@@ -149,10 +171,38 @@ class Cluster:
             node.kill()
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Return the tests' environment, with a token for a cluster."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "OMP_NUM_THREADS": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+
+
+def node_options(ip: str, cpus: int) -> list[str]:
+    """Return options of `ray start` for all nodes."""
+    return [
+        f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={2**27}",
+        f"--node-ip-address={ip}", "--dashboard-agent-listen-port=0",
+        "--min-worker-port=0", "--max-worker-port=0",
+    ]  # fmt: skip
+
+
 @contextmanager
-def ray_cluster(folder: Path, cpus: int) -> Iterator[Cluster]:
-    """Start a head with so many CPUs; end every process of the cluster in the end."""
-    cluster = Cluster(folder, cpus)
+def ray_cluster(
+    folder: Path, cpus: int, open: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
+    """Start a head with so many CPUs; end every process of the cluster in the end.
+
+    `variables` are the nodes' alone.
+    """
+    cluster = Cluster(folder, cpus, open, variables or {})
     try:
         yield cluster
     finally:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 from launching import ROOT, read
+from machines import Machine
+from ray_cluster import Cluster
 
 from dist_sft import node, report, runs
 
@@ -25,10 +27,14 @@ class Driver:
     """`launch/ray_job.py` in a process group of its own, as a terminal would start it."""
 
     def __init__(
-        self, *arguments: str | Path, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str | Path,
+        environment: Mapping[str, str] | None = None,
+        on: Machine | None = None,
     ) -> None:
+        command = [sys.executable, str(ROOT / "launch/ray_job.py"), *map(str, arguments)]
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "launch/ray_job.py", *arguments],
+            command if on is None else on.command(*command, cwd=ROOT),
             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
             env=(os.environ if environment is None else environment)
@@ -112,3 +118,11 @@ def stopped(run: RayRun, attempt: int, by: str) -> int:
     match = re.fullmatch(rf"stopped by {by} after step (\d+), which is saved", reason)
     assert match, reason
     return int(match[1])
+
+
+def launch(ray: Cluster | None, recipe: Path, *options: str) -> RayRun:
+    """Launch a recipe with two workers, unless told otherwise, on a cluster or on none."""
+    where = [] if ray is None else ["--address", ray.address]
+    size = [] if any("workers" in option for option in options) else ["--workers=2"]
+    driver = Driver("train", recipe, *size, *where, *options, environment=ray and ray.environment)
+    return RayRun(recipe.with_suffix(""), driver)

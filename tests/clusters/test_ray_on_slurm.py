@@ -6,25 +6,40 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT
-from ray_run import RayRun
+from ray_run import RayRun, stopped
 from slurm_cluster import Cluster
 from slurm_run import ENVIRONMENT, EVERY, check_like, make, run_here
 
+from dist_sft import runs
+
 pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(400)]
+
+
+def submit(slurm: Cluster, recipe: Path, *options: str) -> int:
+    """Submit a recipe with a worker on each of two nodes."""
+    node = slurm.run("scontrol", "--oneliner", "show", "node", "n1").stdout
+    (cpus,) = re.findall(r"CPUTot=(\d+)", node)  # Ray packs workers on one node where they fit
+    return slurm.submit(
+        "--nodes=2", f"--output={recipe.parent}/job.out", *options, ROOT / "slurm/ray.sbatch",
+        "train", recipe, "--workers=2", f"--resources-per-worker=CPU={cpus}",
+        cwd=recipe.parent,
+        env=ENVIRONMENT | {"DIST_SFT_PYTHON": sys.executable},
+    )  # fmt: skip
+
+
+def check_nothing_is_left(slurm: Cluster, job: int, folder: Path) -> None:
+    assert not list(folder.glob(".ray-*"))
+    assert not list(Path("/tmp").glob(f"ray-{job}-*"))
+    for node in slurm.addresses:
+        left = slurm.run("pgrep", "--full", f"/tmp/ray-{job}-", on=node, check=False)
+        assert not left.stdout
 
 
 def test_two_nodes_do_as_one_machine(slurm: Cluster, tmp_path: Path) -> None:
     """The job is cut short, put back, and ends; nothing is left of its cluster."""
     whole = run_here(make(tmp_path, "here"))
     recipe = make(tmp_path, "there")
-    node = slurm.run("scontrol", "--oneliner", "show", "node", "n1").stdout
-    (cpus,) = re.findall(r"CPUTot=(\d+)", node)  # Ray packs workers on one node where they fit
-    job = slurm.submit(
-        "--nodes=2", "--exclusive", f"--output={tmp_path}/job.out", ROOT / "slurm/ray.sbatch",
-        "train", recipe, "--workers=2", f"--resources-per-worker=CPU={cpus}",
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"DIST_SFT_PYTHON": sys.executable},
-    )  # fmt: skip
+    job = submit(slurm, recipe)
     run = RayRun(recipe.with_suffix(""), None)
     run.wait_for_step(EVERY + 10)
     slurm.run("scancel", "--signal=USR1", "--batch", str(job))
@@ -33,7 +48,27 @@ def test_two_nodes_do_as_one_machine(slurm: Cluster, tmp_path: Path) -> None:
     except AssertionError as error:
         raise AssertionError(f"{error}\n{(tmp_path / 'job.out').read_text()}") from None
     check_like(whole, run, attempts=2)
-    assert run.outcomes()[0][1].startswith("stopped by signal SIGUSR1 ")
+    stopped(run, 0, "signal SIGUSR1")
     assert len(set(run.hosts(1))) == 2
-    assert not list(tmp_path.glob(".ray-*"))
-    assert not list(Path("/tmp").glob(f"ray-{job}-*"))
+    check_nothing_is_left(slurm, job, tmp_path)
+
+
+def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
+    rich: Cluster, tmp_path: Path
+) -> None:
+    """The preemption is announced to the processes on the nodes alone."""
+    recipe = make(tmp_path, "run", 5000)
+    job = submit(rich, recipe, "--partition=low")
+    run = RayRun(recipe.with_suffix(""), None)
+    run.wait_for_step(EVERY + 10)
+    rich.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    run.wait_until(lambda: rich.show(job)["Restarts"] == "1", "a second start")
+    saved = stopped(run, 0, "signal SIGTERM")
+    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 2, "another attempt")
+    run.wait_for_step(saved + 10)
+
+    rich.run("scancel", str(job))
+    rich.wait_for(job, "CANCELLED", seconds=60)
+    run.wait_until(lambda: run.outcomes()[1][0] != -1, "an outcome")
+    assert rich.show(job)["Restarts"] == "1"
+    check_nothing_is_left(rich, job, tmp_path)

@@ -2,18 +2,16 @@
 
 import json
 import random
+import secrets
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT
-from ray_cluster import Cluster, ray_cluster
-from ray_run import Driver, RayRun, stopped
+from launching import ROOT, read
+from ray_cluster import Cluster
+from ray_run import Driver, RayRun, launch, stopped
 from slurm_run import EVERY, STEPS, check_like, check_whole, make, run_here
 
 from dist_sft import report, runs, status
@@ -22,18 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 matrix = pytest.mark.matrix
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Cluster]:
-    """Two nodes with a worker's room each."""
-    with tempfile.TemporaryDirectory(prefix="ray-") as name, ray_cluster(Path(name), 1) as cluster:
-        cluster.add()
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run on this machine, undisturbed."""
-    return run_here(make(tmp_path_factory.mktemp("undisturbed"), "run"))
+@pytest.fixture
+def whole(whole_for_ray: Path) -> Path:
+    return whole_for_ray
 
 
 @pytest.fixture
@@ -43,28 +32,43 @@ def recipe(whole: Path) -> Path:
     return make(whole.parent, f"run {number}")
 
 
-def launch(ray: Cluster | None, recipe: Path, *options: str) -> RayRun:
-    where = [] if ray is None else ["--address", ray.address]
-    size = [] if any("workers" in option for option in options) else ["--workers=2"]
-    driver = Driver("train", recipe, *size, *where, *options, environment=ray and ray.environment)
-    return RayRun(recipe.with_suffix(""), driver)
-
-
 def test_two_nodes_do_as_one_machine(ray: Cluster, whole: Path, recipe: Path) -> None:
+    """Metrics and checkpoints are reported to Ray, and its dashboard knows the run."""
     run = launch(ray, recipe)
+    run.wait_for_step(EVERY + 10)
+    told = f'run="{run.run_dir}"'
+    run.wait_until(lambda: told in ray.metrics(), "metrics")
     run.driver.finish()
     check_like(whole, run, attempts=1)
+
+    (known,) = [
+        one
+        for one in json.loads(ray.dashboard_says("/api/train/v2/runs/v1"))["train_runs"]
+        if one["run_settings"]["run_config"]["storage_path"] == str(run.run_dir.parent)
+        and one["name"] == run.run_dir.name
+    ]
+    assert known["status"] == "FINISHED"
+    (attempt,) = known["attempts"]
+    assert {worker["node_ip"] for worker in attempt["workers"]} == {n.ip for n in ray.nodes}
+    reported = json.loads(read(run.run_dir / "checkpoint_manager_snapshot.json"))
+    last = reported["checkpoint_results"][-1]
+    assert last["checkpoint_dir_name"] == f"checkpoints/step-{STEPS:08}"
+    assert last["metrics"]["step"] == STEPS
+    assert last["metrics"]["loss"] == report.read_steps(run.run_dir / "metrics.jsonl")[-1]["loss"]
+
     again = launch(ray, recipe)
     assert "is finished already" in again.driver.finish()
 
 
 @matrix
-def test_zero_3_on_one_machine(tmp_path: Path) -> None:
-    here, there = (make(tmp_path, n, 20, deepspeed="zero3") for n in ("here", "there"))
-    whole = run_here(here)
-    run = launch(None, there)
-    run.driver.finish()
-    check_like(whole, run, attempts=1, steps=20)
+def test_zero_3(ray: Cluster, tmp_path: Path) -> None:
+    """On one machine and on two nodes as by `launch/local.py`."""
+    recipes = [make(tmp_path, n, 20, deepspeed="zero3") for n in ("here", "one", "two")]
+    whole = run_here(recipes[0])
+    for cluster, recipe in zip((None, ray), recipes[1:], strict=True):
+        run = launch(cluster, recipe)
+        run.driver.finish()
+        check_like(whole, run, attempts=1, steps=20)
 
 
 def test_a_ctrl_c_without_a_cluster(whole: Path, recipe: Path) -> None:
@@ -107,21 +111,8 @@ def test_a_killed_rank_and_a_killed_worker(ray: Cluster, whole: Path, recipe: Pa
 
 
 @matrix
-def test_a_lost_node_comes_back(ray: Cluster, whole: Path, recipe: Path) -> None:
-    run = launch(ray, recipe, "--wait=3")
-    run.wait_for_step(EVERY + 10)
-    lost = ray.nodes.pop()
-    lost.kill()
-    run.wait_until(lambda: run.outcomes()[0][0] == runs.FAILED, "an outcome")
-    time.sleep(8)  # longer than --wait
-    ray.add()
-    out = run.driver.finish()
-    check_like(whole, run, attempts=2)
-    assert "waiting to go on: --workers: got 2, each with CPU 1; " in out
-
-
-@matrix
 def test_grows_and_shrinks_with_the_cluster(ray: Cluster, whole: Path, recipe: Path) -> None:
+    """A node is killed, another one joins, and is drained."""
     run = launch(ray, recipe, "--min-workers=1", "--max-workers=2", "--resize-every=5")
     run.wait_for_step(EVERY + 10)
     ray.nodes.pop().kill()
@@ -134,29 +125,24 @@ def test_grows_and_shrinks_with_the_cluster(ray: Cluster, whole: Path, recipe: P
     run.wait_until(asked.exists, "Ray wants another number of workers")
     rank.resume()
     run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 3, "an attempt on two nodes")
+    run.wait_for_step(run.steps()[-1] + 10)
+    ranks = run.ranks()
+    for rank in ranks:
+        rank.suspend()
+    ray.drain(ray.nodes[-1])
+    for rank in ranks:
+        rank.resume()
+    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 4, "an attempt on what is left")
     run.driver.finish()
-    assert [len(run.hosts(attempt)) for attempt in range(3)] == [2, 1, 2]
+    assert [len(run.hosts(attempt)) for attempt in range(4)] == [2, 1, 2, 1]
     stopped(run, 1, "Ray: another number of workers")
-    check_whole(run, attempts=3)
+    stopped(run, 2, "Ray: a node is drained")
+    check_whole(run, attempts=4)
     losses = [
         [line["loss"] for line in report.read_steps(folder / "metrics.jsonl")]
         for folder in (whole, run.run_dir)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-@matrix
-def test_a_drained_node_saves_first(ray: Cluster, whole: Path, recipe: Path) -> None:
-    run = launch(ray, recipe, "--min-workers=1", "--max-workers=2", "--resize-every=600")
-    run.wait_for_step(EVERY + 10)
-    ray.drain(ray.nodes[-1])
-    run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 2, "an attempt on one node")
-    stopped(run, 0, "Ray: a node is drained")
-    run.driver.finish()
-    check_whole(run, attempts=2)
-    assert [len(run.hosts(attempt)) for attempt in range(2)] == [2, 1]
-    ray.nodes.pop().kill()
-    ray.add()
 
 
 @matrix
@@ -175,32 +161,33 @@ def test_a_cluster_that_is_too_small(ray: Cluster, recipe: Path) -> None:
 
 
 def test_a_submitted_job(ray: Cluster, whole: Path, recipe: Path, tmp_path: Path) -> None:
-    """From anywhere: cancelled, then resumed; without the token it is refused."""
+    """From anywhere: cancelled, then resumed. No secret of who submits is anywhere."""
     environment = tmp_path / "runtime_env.yaml"
     variables = {"DIST_SFT_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     environment.write_text(json.dumps({"env_vars": variables}))
     where = ("--address", ray.http, "--runtime-env", str(environment))
-    stranger = {k: v for k, v in ray.environment.items() if not k.startswith("RAY_AUTH")}
-    stranger |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    refused = Driver("train", recipe, "--workers=2", *where, environment=stranger)
-    assert "token" in refused.finish(runs.WRONG_INPUT)
-
-    driver = Driver("train", recipe, "--workers=2", *where, environment=ray.environment)
+    secret = secrets.token_hex(16)
+    mine = ray.environment | {"HF_TOKEN": secret, "WANDB_API_KEY": secret}
+    driver = Driver("train", recipe, "--workers=2", *where, environment=mine)
     run = RayRun(recipe.with_suffix(""), driver)
     run.wait_for_step(EVERY + 10)
-    cancelled = Driver(
-        "cancel", run.run_dir, "--address", ray.http, environment=ray.environment
-    ).finish()  # fmt: skip
+    relative = Path("..", run.run_dir.name)  # to the job's folder
+    elsewhere = ("--address", ray.http, "--folder", str(run.run_dir.parent / "any"))
+    cancelled = Driver("cancel", relative, *elsewhere, environment=mine).finish()
     assert "ended: raysubmit_" in cancelled
     assert "step 1/600" in run.driver.finish(runs.STOPPED)
     stopped(run, 0, "STOP file")
 
-    Driver("resume", run.run_dir, *where, environment=ray.environment).finish()
+    Driver("resume", run.run_dir, *where, environment=mine).finish()
     check_like(whole, run, attempts=2)
-    secret = Path(ray.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    for path in run.run_dir.rglob("*"):
-        assert path.is_dir() or secret.encode() not in path.read_bytes(), path
-    assert secret not in ray.jobs()
+    token = Path(ray.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    files = [path for path in run.run_dir.rglob("*") if path.is_file()]
+    files += [path for path in ray.folder.rglob("*.*") if path.is_file() and path.name != "token"]
+    assert any(path.name.startswith("job-driver-") for path in files), "Ray's own logs"
+    for one in (token, secret):
+        assert not [path for path in files if one.encode() in path.read_bytes()]
+        assert one not in ray.jobs()
+        assert one not in ray.dashboard_says("/api/train/v2/runs/v1")
 
 
 @matrix
@@ -209,30 +196,9 @@ def test_a_node_that_does_not_see_the_run_folder(ray: Cluster, tmp_path: Path) -
     (tmp_path / "hidden").mkdir()
     hidden = make(tmp_path / "hidden", "run")
     ray.nodes.pop().kill()
-    blind = ray.add(hides=hidden.parent)
+    ray.add(hides=hidden.parent)
     run = launch(ray, hidden, "--wait=60")
     out = run.driver.finish(runs.FAILED)
     assert "attempt-0 is not there: run_dir must be a folder that every node sees" in out
     assert runs.attempts(run.run_dir) == [0]
     assert not (run.run_dir / "initial").exists()
-    ray.nodes.remove(blind)
-    blind.kill()
-    ray.add()
-
-
-@matrix
-def test_two_runs_at_a_time(ray: Cluster, whole: Path, recipe: Path) -> None:
-    """The second waits for room, says so, and does not touch the first."""
-    first = launch(ray, recipe)
-    first.wait_for_step(EVERY)
-    other = make(whole.parent, f"{recipe.stem} beside")
-    out = launch(ray, other, "--wait=3").driver.finish(runs.WRONG_INPUT)
-    assert "but in use: left are" in out
-    again = launch(ray, recipe).driver.finish(runs.WRONG_INPUT)
-    assert "is in use by process" in again
-    first.driver.signal(signal.SIGTERM)
-    first.driver.finish(runs.STOPPED)
-    stopped(first, 0, "signal SIGTERM")
-    last = launch(ray, recipe)
-    last.driver.finish()
-    check_like(whole, last, attempts=2)

@@ -1,0 +1,118 @@
+"""Who else is on a Ray cluster: other jobs, strangers, and nodes without dist_sft."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray_cluster import Cluster, ray_cluster
+from ray_run import Driver, launch, stopped
+from slurm_run import EVERY, check_like, make, run_here
+
+from dist_sft import runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(300)]
+STEPS = 300
+
+
+def test_two_runs_at_a_time(ray: Cluster, tmp_path: Path) -> None:
+    """They share the cluster; a third is refused for lack of room.
+
+    It is resumed in the place of one that was cancelled, and nobody notices the others.
+    """
+    alone, one, two, three = (make(tmp_path, name, STEPS) for name in ("alone", "1", "2", "3"))
+    whole = run_here(alone, workers=1)
+    first, second = launch(ray, one, "--workers=1"), launch(ray, two, "--workers=1")
+    first.wait_for_step(1)
+    second.wait_for_step(1)
+    third = launch(ray, three, "--workers=1", "--wait=2")
+    again = launch(ray, one, "--workers=1")
+    for rank in (*first.ranks(), *second.ranks()):
+        rank.suspend()  # neither must end before the others were refused
+    out = third.driver.finish(runs.WRONG_INPUT)
+    assert "but in use: left are" in out
+    assert "is in use by process" in again.driver.finish(runs.WRONG_INPUT)
+    for rank in (*first.ranks(), *second.ranks()):
+        rank.resume()
+
+    first.wait_for_step(EVERY + 1)
+    cancelled = Driver("cancel", first.run_dir, environment=ray.environment)
+    assert "launch/ray_job.py resume" in cancelled.finish()
+    first.driver.finish(runs.STOPPED)
+    stopped(first, 0, "STOP file")
+    nobody = Driver("cancel", first.run_dir, environment=ray.environment)
+    assert "there is nothing to cancel" in nobody.finish(runs.WRONG_INPUT)
+
+    for run, attempts in ((third, 1), (first, 2)):
+        Driver("resume", run.run_dir, environment=ray.environment).finish()
+        check_like(whole, run, attempts, STEPS)
+    second.driver.finish()
+    check_like(whole, second, attempts=1, steps=STEPS)
+
+
+@pytest.mark.parametrize("token", ["0" * 64, None])
+def test_a_stranger_is_refused(ray: Cluster, tmp_path: Path, token: str | None) -> None:
+    """Who has another token, or none."""
+    recipe = make(tmp_path, "run")
+    stranger = {k: v for k, v in ray.environment.items() if not k.startswith("RAY_AUTH")}
+    stranger |= {"HOME": str(tmp_path)}  # ~/.ray/auth_token may be a cluster's
+    if token:
+        stranger |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    for address in (ray.http, ray.address):
+        refused = Driver("train", recipe, "--address", address, environment=stranger)
+        out = refused.finish(runs.WRONG_INPUT)
+        assert f"--address: {address}" in out or f"--address: got {address}" in out
+        assert "token" in out.lower()
+    assert not runs.attempts(recipe.with_suffix(""))
+
+
+@pytest.fixture(scope="module")
+def open_ray() -> Iterator[Cluster]:
+    """Start a head for everybody, whose own Python cannot import dist_sft."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as name:
+        (Path(name) / "sitecustomize.py").write_text(WITHOUT)
+        with ray_cluster(Path(name), 1, open=True, variables={"PYTHONPATH": name}) as cluster:
+            yield cluster
+
+
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "dist_sft":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Without())
+"""
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_an_open_cluster_is_warned_of(open_ray: Cluster, tmp_path: Path, mode: str) -> None:
+    """Whatever the shell of who joins it has set; over http:// likewise."""
+    recipe = make(tmp_path, "run")
+    environment = open_ray.environment | {"RAY_AUTH_MODE": mode}
+    for address in (open_ray.address, open_ray.http):
+        size = ("--workers=2", "--wait=0", "--address", address)
+        runtime = tmp_path / "env.yaml"
+        runtime.write_text(json.dumps({"env_vars": {"DIST_SFT_PYTHON": "false"}}))
+        over_http = ("--runtime-env", runtime) if address == open_ray.http else ()
+        driver = Driver("train", recipe, *size, *over_http, environment=environment)
+        out = driver.finish(runs.WRONG_INPUT)
+        assert "warning: this cluster has no token authentication" in out
+        assert "RAY_AUTH_MODE=token" in out
+
+
+def test_a_cluster_without_dist_sft(open_ray: Cluster, tmp_path: Path) -> None:
+    """On the head, for the launcher, and in Ray's own processes."""
+    recipe = make(tmp_path, "run")
+    where = ("--address", open_ray.http)
+    job = Driver("train", recipe, *where, environment=open_ray.environment)
+    out = job.finish(runs.WRONG_INPUT)
+    assert "python cannot import dist_sft. Name one that can by DIST_SFT_PYTHON" in out
+
+    run = launch(open_ray, recipe, "--workers=1")
+    out = run.driver.finish(runs.WRONG_INPUT)
+    assert "cannot import dist_sft" in out
+    assert "the Python of `ray start`" in out
