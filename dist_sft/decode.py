@@ -24,7 +24,7 @@ from dist_sft.sampling import Sampling, choose, uniforms
 from dist_sft.slots import Slots, StockCache
 from dist_sft.stop_strings import StopStrings
 
-SLACK = 64  # columns to spare: so many steps go by before columns are moved to the front
+SLACK = 16  # columns to spare: so many steps go by before columns are moved to the front
 WAITERS = 4  # a batch is filled up when one of so many places is free: prompts go together, too
 
 Reason = Literal["eos", "stop", "length", "error", "memory"]
@@ -136,9 +136,9 @@ class Decoder:
         answers: dict[int, Answer] = {}
         lengths = [len(request.prompt) for request in requests]
         for numbers in grouped(lengths, self._sampling.max_new_tokens, equal=not self._pads):
-            columns = len(requests[numbers[0]].prompt) + self._sampling.max_new_tokens + SLACK
+            longest = len(requests[numbers[0]].prompt) + self._sampling.max_new_tokens
+            places, columns = room(len(numbers), longest, batch_tokens)
             while numbers:
-                places = max(1, min(len(numbers), batch_tokens // columns))
                 waiting = deque((number, requests[number]) for number in numbers)
                 try:
                     for number, answer in self._answer(waiting, places, columns):
@@ -154,7 +154,8 @@ class Decoder:
                 numbers = [number for number in numbers if number not in answers]
                 if numbers:
                     torch.cuda.empty_cache()
-                    self._shrunk(len(numbers), batch_tokens // columns)
+                    places, columns = room(len(numbers), longest, batch_tokens)
+                    self._shrunk(len(numbers), places)
         return [answers[number] for number in range(len(requests))]
 
     @torch.no_grad()  # as a decorator it is left at every yield
@@ -314,6 +315,15 @@ def grouped(
         group.append(number)
     if group:
         yield group
+
+
+def room(rows: int, longest: int, batch_tokens: int) -> tuple[int, int]:
+    """Return how many rows of at most `longest` tokens go at once, and the columns of each."""
+    if rows * longest <= batch_tokens:
+        return rows, longest
+    # Where rows take the places of others, columns are forgotten.
+    columns = longest + SLACK
+    return max(1, min(rows, batch_tokens // columns)), columns
 
 
 def _closed_up(rows: int, gone: Collection[int]) -> list[int]:

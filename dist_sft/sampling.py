@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 ONE = 2**52  # what a float64 still counts by ones
-NUCLEUS = 512  # probabilities that are sorted first: mostly, top_p is among these
+NUCLEUS = 128, 4096  # probabilities that are sorted first: mostly, top_p is among these
+BLOCK = 256  # tokens that are added up at once: sums are fast, running sums are not
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        logits.masked_fill_(logits < least, -torch.inf)
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1.0:
         least = _least_in_nucleus(probabilities, sampling.top_p)
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        probabilities.masked_fill_(probabilities < least, 0.0)
     return probabilities
 
 
@@ -96,14 +98,17 @@ def _least_in_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1)
     """
     size = probabilities.shape[1]
-    for count in (min(NUCLEUS, size), size):
-        largest = probabilities.topk(count).values
+    least = probabilities.new_zeros(len(probabilities), 1)
+    rows = torch.arange(len(probabilities), device=probabilities.device)  # not known yet
+    for count in (*(few for few in NUCLEUS if few < size), size):
+        largest = probabilities[rows].topk(count).values
         shares = _fixed(largest)
-        before = shares.cumsum(-1) - shares
-        inside = before < top_p * ONE
-        if count == size or not inside[:, -1].any():
+        inside = shares.cumsum(-1) - shares < top_p * ONE
+        least[rows] = largest.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+        rows = rows[inside[:, -1]]
+        if not len(rows):
             break
-    return largest.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    return least
 
 
 def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
@@ -111,12 +116,17 @@ def drawn(probabilities: Tensor, draws: Tensor) -> Tensor:
 
     -1 where the probabilities are no numbers.
     """
-    cumulative = _fixed(probabilities).cumsum(-1)
-    total = cumulative[:, -1:]
+    rows, size = probabilities.shape
+    blocks = F.pad(_fixed(probabilities), (0, -size % BLOCK)).view(rows, -1, BLOCK)
+    upto = blocks.sum(-1).cumsum(-1)
+    total = upto[:, -1:]
     # Rounding could make the product as large as the total, where no token follows.
     below = torch.minimum((draws[:, None] * total).long(), total - 1)
-    tokens = torch.searchsorted(cumulative, below, right=True)[:, 0]
-    return tokens.where(probabilities.isfinite().all(-1), -1)
+    block = torch.searchsorted(upto, below, right=True).clamp(max=upto.shape[1] - 1)  # for NaN
+    before = F.pad(upto, (1, 0)).gather(1, block)
+    within = before + blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1)
+    place = torch.searchsorted(within, below, right=True)
+    return (block * BLOCK + place)[:, 0].where(probabilities.isfinite().all(-1), -1)
 
 
 def _fixed(probabilities: Tensor) -> Tensor:

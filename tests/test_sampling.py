@@ -17,7 +17,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dist_sft.sampling import NUCLEUS, Sampling, choose, distribution, drawn, penalized, uniforms
+from dist_sft.sampling import (
+    BLOCK,
+    NUCLEUS,
+    Sampling,
+    choose,
+    distribution,
+    drawn,
+    penalized,
+    uniforms,
+)
 
 LARGEST = 2**63 - 1
 numbers = st.integers(0, LARGEST)
@@ -110,9 +119,9 @@ def test_frequencies_are_the_probabilities(name: str) -> None:
 
 @patient
 @given(
-    st.integers(2, 2 * NUCLEUS),
+    st.integers(2, 1000),
     st.floats(0.1, 3.0),
-    st.integers(0, 2 * NUCLEUS),
+    st.integers(0, 1000),
     st.floats(0.01, 0.98) | st.just(1.0),
     st.integers(0, 2**31),
 )
@@ -145,17 +154,47 @@ def test_the_token_that_reaches_top_p_stays() -> None:
         assert probabilities.nonzero()[:, 0].tolist() == stays
 
 
-def test_a_nucleus_larger_than_what_is_sorted_first() -> None:
-    logits = torch.zeros(2, 4 * NUCLEUS)
-    logits[:, : 2 * NUCLEUS] = torch.linspace(1.0, 0.9, 2 * NUCLEUS)
-    for top_p in (0.1, 0.5, 0.9):
-        sampling = Sampling(1, temperature=1.0, top_p=top_p)
-        stays = (distribution(logits, sampling) > 0).sum(-1)
-        probabilities = logits[0].double().softmax(-1)
-        before = probabilities.cumsum(0) - probabilities
-        count = int((before < top_p).sum())
-        # The last ones are all as probable as each other, and stay together.
-        assert stays.tolist() == [4 * NUCLEUS if count > 2 * NUCLEUS else count] * 2
+def test_nuclei_of_all_sizes_beside_each_other() -> None:
+    """Within what is sorted first, within what is sorted then, and larger; each as if alone."""
+    size = 3 * NUCLEUS[1]
+    spread = torch.tensor([10, 4 * NUCLEUS[0], 2 * NUCLEUS[1], 5, 2 * NUCLEUS[1] + 1])
+    tokens = torch.arange(size)
+    logits = torch.where(tokens < spread[:, None], 10 - tokens / (2 * spread[:, None]), -10.0)
+    logits = logits[:, torch.randperm(size, generator=torch.Generator().manual_seed(0))]
+    sampling = Sampling(1, temperature=1.0, top_p=0.9)
+    stays = (distribution(logits, sampling) > 0).sum(-1).tolist()
+    largest = logits.double().softmax(-1).sort(descending=True).values
+    assert stays == (largest.cumsum(-1) - largest < 0.9).sum(-1).tolist()
+    assert stays[0] < NUCLEUS[0] < stays[1] < NUCLEUS[1] < stays[2]
+    for row, count in zip(logits, stays, strict=True):
+        assert (distribution(row[None], sampling) > 0).sum() == count
+
+
+@patient
+@given(st.integers(1, 3 * BLOCK + 1), st.floats(0, 1, exclude_max=True), st.integers(0, 2**31))
+def test_a_draw_is_where_the_running_sum_exceeds_it(size: int, draw: float, seed: int) -> None:
+    """Half of the tokens are impossible: never one of them."""
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.rand(3, size, generator=generator)
+    probabilities *= torch.rand(3, size, generator=generator) < 0.5
+    probabilities[:, seed % size] = 0.5
+    chosen = drawn(probabilities, torch.full((3,), draw, dtype=torch.float64))
+    cumulative = probabilities.double().cumsum(-1)
+    wanted = draw * cumulative[:, -1]
+    for row in range(3):
+        assert probabilities[row, chosen[row]] > 0
+        before = cumulative[row, chosen[row]] - probabilities[row, chosen[row]]
+        assert before - 1e-9 <= wanted[row] <= cumulative[row, chosen[row]] + 1e-9
+
+
+def test_sums_that_are_rounded_otherwise_choose_no_impossible_token() -> None:
+    """Numbers of all sizes, whose sum depends on the order; draws up to the largest there is."""
+    probabilities = torch.rand(500, 200, generator=torch.Generator().manual_seed(0)) ** 40
+    probabilities[:, 150:] = 0
+    double = probabilities.double()
+    assert (double.sum(-1) > double.cumsum(-1)[:, -1]).any()
+    chosen = drawn(probabilities, torch.full((500,), 1 - 2**-53, dtype=torch.float64))
+    assert (probabilities.gather(1, chosen[:, None]) > 0).all()
 
 
 def test_equals_at_the_border_stay_whatever_their_order() -> None:
