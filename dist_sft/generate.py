@@ -84,24 +84,41 @@ def generate(run_dir: Path, attempt: int, console: Console) -> Outcome:
                 with progress.working_on(part):
                     answered = answerer.answer(part)
                     parts.commit(run_dir, attempt, plan, part, *answered)
+            said = []
             if place.rank == 0:
-                output = Path(recipe.output.path)
-                tally = merged(run_dir, attempt, plan, answerer, output, heart.beat, console.say)
+                said = finish(
+                    run_dir, attempt, recipe, plan, answerer, progress.seconds, heart.beat,
+                    console.say,
+                )  # fmt: skip
         except Interrupted as asked:
             console.close()
             return stopped(run_dir, plan, str(asked))
-        if place.rank == 0:
-            console.close()
-            runs.write_atomically(run_dir / "summary.json", tally.to_json())
-            view = Overview.read(run_dir, attempt, plan)
-            took = timedelta(seconds=round(progress.seconds))
-            for line in (
-                *describe(tally),
-                f"this attempt took {took}, {view.tokens_per_second:,.0f} tokens/s",
-                f"finished {run_dir}: the answers are in {recipe.output.path}",
-            ):
-                console.say(line)
+        console.close()
+        for line in said:
+            console.say(line)
         return Outcome(runs.FINISHED, "finished", plan.parts)
+
+
+def finish(
+    run_dir: Path,
+    attempt: int,
+    recipe: GenerateRecipe,
+    plan: Plan,
+    answerer: Answerer,
+    seconds: float,
+    beat: Callable[[str], None],
+    say: Callable[[str], None],
+) -> list[str]:
+    """Make one file of all parts, and `summary.json`; return what to say after `seconds`."""
+    output = Path(recipe.output.path)
+    tally = merged(run_dir, attempt, plan, answerer, output, beat, say)
+    runs.write_atomically(run_dir / "summary.json", tally.to_json())
+    rate = Overview.read(run_dir, attempt, plan).tokens_per_second
+    return [
+        *describe(tally),
+        f"this attempt took {timedelta(seconds=round(seconds))}, {rate:,.0f} tokens/s",
+        f"finished {run_dir}: the answers are in {recipe.output.path}",
+    ]
 
 
 def prepare(
