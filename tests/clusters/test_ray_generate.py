@@ -57,7 +57,7 @@ def actors(run: RayRun) -> list[psutil.Process]:
 def test_a_killed_actor_costs_its_part_alone(
     ray: Cluster, recipe: dict[str, Any], whole: bytes, tmp_path: Path
 ) -> None:
-    """Two workers, one of them killed; the same command is stopped and goes on without a cluster."""
+    """Two workers, one of them killed; stopped, the run goes on without a cluster."""
     path = write(recipe, tmp_path / "run", generate=GENERATE)
     run = launch(ray, path, "--workers=2")
     wait_for_parts(run, 4)
