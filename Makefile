@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Two files at a time; what a file's tests share is made once.
+CORE := -m "not slow and not gpu" -q -n 2 --dist loadfile
 # These wait for SLURM more than they compute.
 ON_SLURM := -n 4 --dist worksteal $(sort $(wildcard tests/clusters/test_slurm*.py))
 SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
@@ -25,12 +27,12 @@ install: .venv/installed-dev
 	touch $@
 
 test: install lint
-	$(PYTEST) -m "not slow and not gpu" -q
+	$(PYTEST) $(CORE)
 	$(PYTEST) -m "slow and not matrix" -q --ignore-glob='tests/clusters/test_slurm*'
 	$(PYTEST) -m "slow and not matrix" -q $(ON_SLURM)
 
 test-core: install
-	$(PYTEST) -m "not slow and not gpu" -q
+	$(PYTEST) $(CORE)
 
 test-faults: install
 	$(PYTEST) -m "not gpu" -q tests/faults
