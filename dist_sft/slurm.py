@@ -268,6 +268,9 @@ def submit(plan: Plan, chain: int = 1) -> int:
         print(f"job {before}: {plan.where}{of}")
         print(f"its log: {log.replace('%j', before).replace('%A', before)}")
     print(f"its state: dist-sft status {plan.where}")
+    warning = None if before is None else slurm_queue.warning_of(before)
+    if warning:
+        print(f"{warning} `launch/slurm.py cancel {plan.where}` takes it back", file=sys.stderr)
     return runs.FINISHED
 
 

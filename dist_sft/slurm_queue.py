@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,11 @@ from dist_sft.errors import UserError
 FILE = "jobs.jsonl"
 SWEEP = "sweep.txt"
 SECONDS = 120.0  # a busy controller may need that long
+FOR_EVER = re.compile(
+    r"Partition(Config|NodeLimit|TimeLimit)|BadConstraints|Invalid\w+|\w*PerJob\w*"
+)
+"""Reasons for which a job waits until it asks for something else; SLURM takes such jobs all the
+same, unless its EnforcePartLimits says otherwise."""
 
 
 def call(
@@ -67,6 +73,22 @@ def states_of(jobs: Sequence[str]) -> dict[str, str]:
     for job, state, *reason in map(str.split, done.stdout.splitlines()):
         states[job] = state if reason in ([], ["None"]) else f"{state} ({' '.join(reason)})"
     return states
+
+
+def warning_of(job: str) -> str | None:
+    """Say where a job that was just submitted may never start, as far as SLURM tells."""
+    try:
+        states = states_of([job])
+    except UserError:  # it is in the queue all the same
+        return None
+    for state in states.values():
+        waits = re.fullmatch(r"PENDING \((.*)\)", state)
+        if waits and FOR_EVER.fullmatch(waits[1]):
+            return (
+                f"job {job} waits ({waits[1]}): it may never start. Does its partition have what "
+                "was asked for: nodes, time, GPUs, CPUs, memory?"
+            )
+    return None
 
 
 def endings_of(job: str) -> list[str]:

@@ -62,7 +62,8 @@ class Says:
             words: list[str], env: dict[str, str] | None = None
         ) -> subprocess.CompletedProcess[str]:
             asked.append(words)
-            self.environment = env or {}
+            if env is not None:
+                self.environment = env
             if words[0] == "squeue" and "PENDING" not in stdout and "slurm_load" not in stderr:
                 return subprocess.CompletedProcess(words, 0, "", "")
             return subprocess.CompletedProcess(words, code, stdout, stderr)
@@ -273,7 +274,7 @@ def test_a_job_is_submitted_from_wherever(
     asked = says("8\n")
     monkeypatch.setattr(slurm, "refuse_a_second_job", lambda folder: None)
     assert slurm.main(["resume", "my run"]) == 0
-    assert asked == [first]
+    assert [words for words in asked if words[0] == "sbatch"] == [first]
 
 
 @pytest.mark.parametrize(
@@ -320,6 +321,33 @@ def test_a_site_file_that_bash_does_not_understand(
 
 
 # ---- what SLURM says ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "for_ever"),
+    [
+        ("PartitionNodeLimit", True),
+        ("PartitionTimeLimit", True),
+        ("QOSMaxNodePerJobLimit", True),
+        ("InvalidAccount", True),
+        ("Resources", False),
+        ("Priority", False),
+        ("Dependency", False),
+        ("QOSMaxJobsPerUserLimit", False),
+    ],
+)
+def test_a_job_that_may_never_start_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str, for_ever: bool
+) -> None:
+    answers = {"sbatch": "7\n", "squeue": f"7 PENDING {reason}\n"}
+    monkeypatch.setattr(
+        slurm_queue,
+        "call",
+        lambda words, env=None: subprocess.CompletedProcess(words, 0, answers[words[0]], ""),
+    )
+    assert slurm.main(["train", "recipe.yaml", *SIZE]) == 0
+    told = f"job 7 waits ({reason}): it may never start. Does its partition have what was asked for"
+    assert (told in capsys.readouterr().err) == for_ever
 
 
 def test_states_of_all_jobs_are_asked_for_at_once(says: Says) -> None:
