@@ -15,6 +15,7 @@ pytest.importorskip("ray")
 
 from dist_sft import batch_job, ray_batch, ray_job, ray_node, runs
 from dist_sft.batch_job import Fate, Job
+from dist_sft.config import read_recipe
 from dist_sft.errors import UserError
 from dist_sft.runs import Launch, Outcome
 
@@ -28,6 +29,11 @@ def folder(tmp_path: Path) -> Path:
     """Make the job's own folder, which knows a run that has begun an attempt."""
     run_dir = tmp_path / "my run"
     (run_dir / "logs/attempt-0").mkdir(parents=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run_dir: {run_dir}\nmodel: {{path: m}}\ndata: {{train: [{{path: rows.json}}]}}\n"
+    )
+    (run_dir / "config.json").write_text(read_recipe(recipe).to_json())
     runs.write_launch(run_dir, Launch("ray", 1, 2, {"restarts": 1}, "x"))
     batch_job.write(run_dir, 0, JOB)
     (tmp_path / "run_dir").write_text(str(run_dir))

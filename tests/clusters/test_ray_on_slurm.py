@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from launching import ROOT, read
 from ray_run import RayRun, stopped
 from slurm_cluster import Cluster
-from slurm_run import ENVIRONMENT, EVERY, check_like, make, run_here
+from slurm_run import ENVIRONMENT, EVERY, check_like, make
 
 from dist_sft import runs
 
@@ -35,10 +35,9 @@ def check_nothing_is_left(slurm: Cluster, job: int, folder: Path) -> None:
         assert not left.stdout
 
 
-def test_two_nodes_do_as_one_machine(slurm: Cluster, tmp_path: Path) -> None:
+def test_two_nodes_do_as_one_machine(slurm: Cluster, whole_for_ray: Path) -> None:
     """The job is cut short, put back, and ends; nothing is left of its cluster."""
-    whole = run_here(make(tmp_path, "here"))
-    recipe = make(tmp_path, "there")
+    recipe = make(whole_for_ray.parent, "on slurm")
     job = submit(slurm, recipe)
     run = RayRun(recipe.with_suffix(""), None)
     run.wait_for_step(EVERY + 10)
@@ -46,11 +45,11 @@ def test_two_nodes_do_as_one_machine(slurm: Cluster, tmp_path: Path) -> None:
     try:
         slurm.wait_for(job, "COMPLETED", seconds=200)
     except AssertionError as error:
-        raise AssertionError(f"{error}\n{(tmp_path / 'job.out').read_text()}") from None
-    check_like(whole, run, attempts=2)
+        raise AssertionError(f"{error}\n{read(recipe.parent / 'job.out')}") from None
+    check_like(whole_for_ray, run, attempts=2)
     stopped(run, 0, "signal SIGUSR1")
     assert len(set(run.hosts(1))) == 2
-    check_nothing_is_left(slurm, job, tmp_path)
+    check_nothing_is_left(slurm, job, recipe.parent)
 
 
 def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
