@@ -244,7 +244,7 @@ def main() -> None:
     if options.measure:
         return measure(options)
     rounds: list[dict[str, dict[str, Any]]] = []
-    console = Console()
+    console = Console(width=100)
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(options.rounds):
             rounds.append({})
