@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_generation
 import torch
 from launching import read, run, write
 from matrix import Cell
@@ -30,8 +31,10 @@ from tiny_tokenizers import pad_is_eos
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dist_sft import attention, manifest, report
+from dist_sft import attention, manifest, parts, report
+from dist_sft.decode import Decoder, Request
 from dist_sft.errors import UserError
+from dist_sft.sampling import Sampling
 from dist_sft.step import explaining_memory
 
 __all__ = ["problem"]  # a fixture
@@ -209,3 +212,38 @@ def test_deterministic_runs_stop_and_continue_bit_by_bit(
     assert code == 0, out + err
     assert "continuing after step 4" in read(stopped / "logs/attempt-1/rank-0.log")
     assert losses(whole) == losses(stopped)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_are_the_same_bytes_again(dtype: str, tmp_path: Path) -> None:
+    """Drawn ones, whatever parts of them an earlier attempt has finished."""
+    recipe = tiny_generation.make(tmp_path)
+    drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "num_samples": 2}
+    chosen, outputs = [f"model.dtype={dtype}", "deterministic=true"], []
+    for name in ("whole", "again"):
+        run_dir = tmp_path / name
+        path = tiny_generation.write(recipe, run_dir, generate=recipe["generate"] | drawn)
+        code, out, err = run(path, *chosen, workers=1, job="generate")
+        assert code == 0, out + err
+        outputs.append(tiny_generation.output_of(run_dir).read_bytes())
+    for part in (2, 3, 11):  # as if it had been killed before
+        shutil.rmtree(parts.folder_of(run_dir, part))
+    tiny_generation.output_of(run_dir).unlink()
+    code, out, err = run(path, *chosen, workers=1, job="generate")
+    assert code == 0, out + err
+    assert outputs[0] == outputs[1] == tiny_generation.output_of(run_dir).read_bytes()
+
+
+def test_memory_that_does_not_suffice_splits_batches(tmp_path: Path) -> None:
+    model = tiny_model("llama", max_position_embeddings=2**20).to(GPU)
+    told: list[tuple[int, int]] = []
+    decoder = Decoder(
+        model, (2,), Sampling(4), str, shrunk=lambda rows, places: told.append((rows, places))
+    )
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    try:
+        answers = decoder.answer([Request([3] * 4000) for _ in range(512)], 10**9)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert told, "there was room for all at once: make the prompts longer"
+    assert {answer.reason for answer in answers} <= {"eos", "length"}
