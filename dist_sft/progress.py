@@ -103,11 +103,11 @@ class Progress:
         worker: tuple[int, int],
         heart: Heart,
         stop: StopFlag,
-        console: Console | None,
+        console: Console,
     ) -> None:
         """Know the run; `worker` is its number and how many there are.
 
-        The first one shows on `console`, if there is one, how the run gets on.
+        The first one shows on `console` how the run gets on.
         """
         self._run_dir, self._attempt, self._plan = run_dir, attempt, plan
         self._rank, self._workers = worker
@@ -125,10 +125,6 @@ class Progress:
         """Return the time since it began to answer."""
         return time.monotonic() - self._began
 
-    def begin(self) -> None:
-        """Count the time from now on."""
-        self._began = time.monotonic()
-
     def take(self) -> Iterator[int]:
         """Yield parts until all of the run are finished. Raises Interrupted.
 
@@ -136,7 +132,7 @@ class Progress:
         in the time that this worker needs for one: the first to finish counts, and both would give
         the same bytes.
         """
-        self.begin()
+        self._began = time.monotonic()
         claims, taken, listed = parts.Claims(self._run_dir, self._attempt), set[int](), 0.0
         for part in parts.in_order(self._rank, self._workers, self._plan.parts):
             if time.monotonic() - listed >= LOOK_SECONDS:
@@ -203,7 +199,7 @@ class Progress:
         with contextlib.suppress(OSError):  # a full disk says so where it matters
             temporary.write_text(json.dumps(asdict(self._word)))
             temporary.rename(self._file)
-        if self._rank == 0 and self._console is not None and self._console.is_due():
+        if self._rank == 0 and self._console.is_due():
             view = Overview.read(self._run_dir, self._attempt, self._plan)
             text = f"{view.tokens_per_second:,.0f} tokens/s"
             self._console.step(view.finished_rows, text, important=False)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_sft import batch_job, lease, ray_batch, ray_cluster, runs
-from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
 from dist_sft.stopping import Relay
 
@@ -47,10 +46,6 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
             per_worker["GPU"] = 1.0
         ray_cluster.wait_for_room(low, per_worker, options["wait"])
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
-        if read_config_json(run_dir).job == "generate":
-            from dist_sft import ray_generate
-
-            return told(ray_generate.run(run_dir, launch, seen, job, relay))
         engine = Engine(partial(trainer, run_dir.absolute(), launch, seen, job))
         engine.start()
         left = follow(engine, relay, run_dir, launch, began)
@@ -63,11 +58,6 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         outcome = left
     if newest > began and ended is None:
         runs.write_outcome(run_dir, newest, outcome)
-    return told(outcome)
-
-
-def told(outcome: runs.Outcome) -> int:
-    """Say how a run has ended; return its exit code."""
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
     if outcome.code == runs.STOPPED:
