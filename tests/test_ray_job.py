@@ -285,6 +285,7 @@ def test_the_head_of_a_slurm_job() -> None:
     head = ray_command(0, 4, "10.0.0.1", "n1", 20007, Path("/tmp/ray-7-0"))
     assert "--head" in head
     assert "--dashboard-host=127.0.0.1" in head
+    assert "--ray-client-server-port=10007" in head
     assert "--address=n1:20007" in ray_command(1, 4, "10.0.0.2", "n1", 20007, Path("/tmp/x"))
 
 
