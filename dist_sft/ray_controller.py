@@ -6,7 +6,6 @@ workers and before it ends them, the callback when a worker fails.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -26,8 +25,8 @@ from ray.train.backend import Backend, BackendConfig
 from dist_sft import batch_job, lease, manifest, node, roll_call, runs
 from dist_sft.config import read_config_json
 from dist_sft.preflight import machine_mistakes
+from dist_sft.ray_wish import ask_to_stop
 from dist_sft.ray_worker import ATTEMPT, GOES_ON, NODES, RESIZE, Moved, Work
-from dist_sft.stopping import REASON
 
 FILE = "ray.json"
 SEES_SECONDS = 20.0  # what a shared file system gets to show a new file
@@ -291,14 +290,6 @@ def meeting_point() -> tuple[str, int]:
 def tell(variables: dict[str, str]) -> None:
     """Let this worker know."""
     os.environ.update(variables)
-
-
-def ask_to_stop(run_dir: Path, attempt: int, why: str) -> None:
-    """Ask the workers of an attempt to let their ranks save and end."""
-    with contextlib.suppress(OSError):
-        path = runs.attempt_dir(run_dir, attempt) / REASON
-        if not path.exists():
-            runs.write_atomically(path, why)
 
 
 def record(run_dir: Path, attempt: int, hosts: list[str]) -> None:

@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_sft import batch_job, lease, ray_batch, ray_cluster, runs
+from dist_sft import batch_job, lease, ray_batch, ray_cluster, ray_generate, runs
+from dist_sft.config import read_config_json
 from dist_sft.errors import UserError
+from dist_sft.ray_wish import ask_to_stop
 from dist_sft.stopping import Relay
 
 ELASTIC_START_SECONDS = 15
@@ -46,6 +48,8 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
             per_worker["GPU"] = 1.0
         ray_cluster.wait_for_room(low, per_worker, options["wait"])
         relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
+        if read_config_json(run_dir).job == "generate":
+            return told(ray_generate.run(run_dir, launch, seen, job, relay))
         engine = Engine(partial(trainer, run_dir.absolute(), launch, seen, job))
         engine.start()
         left = follow(engine, relay, run_dir, launch, began)
@@ -58,6 +62,11 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
         outcome = left
     if newest > began and ended is None:
         runs.write_outcome(run_dir, newest, outcome)
+    return told(outcome)
+
+
+def told(outcome: runs.Outcome) -> int:
+    """Tell a person how the run ended; return its exit code."""
     if outcome.code != runs.FINISHED:
         print(outcome.reason, file=sys.stderr)
     if outcome.code == runs.STOPPED:
@@ -73,8 +82,6 @@ def follow(
     Raises UserError where Ray finds no room to begin. Where it loses it on the way, the run waits
     for nodes to come back.
     """
-    from dist_sft.ray_controller import ask_to_stop
-
     (low, high), per_worker = launch.options["workers"], launch.options["resources_per_worker"]
     ran_at = time.monotonic()
     while engine.is_alive():

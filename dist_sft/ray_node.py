@@ -28,12 +28,16 @@ def ray_command(
 ) -> list[str]:
     """Return the command line that starts Ray; node 0 is the head. It leaves no process behind.
 
-    Ports are any that are free, but the one at which nodes meet; the dashboard is reached from its
-    own machine only. `folder` has a short name, as sockets must have.
+    Ports are any that are free, but the one at which nodes meet, and another one that follows from
+    it. The dashboard is reached from its own machine only. `folder` has a short name, as sockets
+    must have.
     """
     role = [f"--address={head}:{port}"]
     if node == 0:
-        role = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", "--dashboard-port=0"]
+        role = [
+            *("--head", f"--port={port}", "--dashboard-host=127.0.0.1", "--dashboard-port=0"),
+            f"--ray-client-server-port={port - 10000}",  # by default the same for all heads
+        ]
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role),
         f"--temp-dir={folder}",

@@ -13,7 +13,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,9 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.util.metrics import Gauge
 
 from dist_sft import manifest, node, process, runs
-from dist_sft.config import read_config_json
-from dist_sft.stopping import REASON, Notice
+from dist_sft.config import AnyRecipe, read_config_json
+from dist_sft.ray_wish import read_stop
+from dist_sft.stopping import Notice
 from dist_sft.watchdog import FOLDER, Watchdog
 
 ATTEMPT, NODES = "DIST_SFT_ATTEMPT", "DIST_SFT_NODES"
@@ -90,10 +91,9 @@ def run_rank(config: dict[str, Any]) -> None:
     here, run_dir = ray.train.get_context(), Path(work.run_dir)
     attempt, rank = int(os.environ[ATTEMPT]), here.get_world_rank()
     recipe = read_config_json(run_dir)
-    limits = recipe.watchdog
     gpus = node.count_gpus() if work.gpus else 0
     threads = node.threads_for(recipe.threads_per_worker, here.get_local_world_size(), gpus)
-    variables = {
+    place = {
         "RANK": rank,
         "LOCAL_RANK": here.get_local_rank(),
         "WORLD_SIZE": here.get_world_size(),
@@ -101,25 +101,7 @@ def run_rank(config: dict[str, Any]) -> None:
         "GROUP_RANK": here.get_node_rank(),
         "GROUP_WORLD_SIZE": os.environ[NODES],
     }
-    with ExitStack() as stack:
-        hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
-        watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
-        stack.callback(lambda: process.kill(watchdog.living()))
-        told = Told(hearts)
-        log = runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
-        errors = stack.enter_context(open(log, "w", encoding="utf-8"))
-        child = subprocess.Popen(
-            node.rank_command(run_dir, recipe.job, attempt),
-            cwd=work.folder,
-            env=os.environ
-            | node.rank_environment(threads, gpus)
-            | {name: str(value) for name, value in variables.items()}
-            | {FOLDER: str(hearts)}
-            | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-            stderr=errors,
-            start_new_session=True,
-        )
-        stack.callback(lambda: node.kill(child) if child.poll() is None else None)
+    with started(work, recipe, attempt, place, threads, gpus) as (child, watchdog, told):
         ended, lost = threading.Event(), threading.Event()
         link = threading.Thread(
             target=talk, args=(run_dir, attempt, rank, told, ended, lost), daemon=True, name="talk"
@@ -129,6 +111,46 @@ def run_rank(config: dict[str, Any]) -> None:
         judge(run_dir, attempt, rank, child.returncode, told.received)
         ended.set()
         link.join(WORDS_SECONDS)
+
+
+@contextlib.contextmanager
+def started(
+    work: Work, recipe: AnyRecipe, attempt: int, place: Mapping[str, Any], threads: int, gpus: int
+) -> Iterator[tuple[subprocess.Popen[bytes], Watchdog, Told]]:
+    """Run a rank's process within a block; `place` has the variables that say who it is."""
+    run_dir, limits = Path(work.run_dir), recipe.watchdog
+    with ExitStack() as stack:
+        hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
+        watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
+        stack.callback(lambda: process.kill(watchdog.living()))
+        errors = stack.enter_context(
+            open(log_of(run_dir, attempt, place["RANK"]), "w", encoding="utf-8")
+        )
+        child = subprocess.Popen(
+            node.rank_command(run_dir, recipe.job, attempt),
+            cwd=work.folder,
+            env=os.environ
+            | node.rank_environment(threads, gpus)
+            | {name: str(value) for name, value in place.items()}
+            | {FOLDER: str(hearts)}
+            | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+            stderr=errors,
+            start_new_session=True,
+        )
+        stack.callback(lambda: node.kill(child) if child.poll() is None else None)
+        yield child, watchdog, Told(hearts)
+
+
+def log_of(run_dir: Path, attempt: int, rank: int) -> Path:
+    """Return where is what a rank says before its own log begins."""
+    return runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
+
+
+def last_words(run_dir: Path, attempt: int, rank: int, code: int) -> str:
+    """Say how a rank ended that could not say so itself."""
+    words = log_of(run_dir, attempt, rank).read_text(encoding="utf-8", errors="replace")
+    said = words.splitlines()[-LAST_LINES:] if code >= 0 else []
+    return "\n".join([node.explain_exit(code), *said])
 
 
 def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) -> None:
@@ -149,9 +171,7 @@ def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) 
             raise Moved(asked)
         return
     if not runs.has_failed(run_dir, attempt, rank):
-        log = runs.attempt_dir(run_dir, attempt) / f"worker-{rank}.log"
-        words = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        reason = "\n".join([node.explain_exit(code), *(words if code >= 0 else [])])
+        reason = last_words(run_dir, attempt, rank, code)
         with contextlib.suppress(OSError):
             runs.write_failure(
                 run_dir, attempt, rank, runs.Outcome(runs.FAILED, reason, -1), killed=code < 0
@@ -196,14 +216,6 @@ def talk(
             )
         if news.over:
             return
-
-
-def read_stop(run_dir: Path, attempt: int) -> str | None:
-    """Return why the launcher or the controller wants this attempt to stop."""
-    try:
-        return (runs.attempt_dir(run_dir, attempt) / REASON).read_text(encoding="utf-8") or None
-    except FileNotFoundError:
-        return None
 
 
 class Reporter:

@@ -17,6 +17,7 @@ from dist_sft import batch_job, ray_batch, ray_job, ray_node, runs
 from dist_sft.batch_job import Fate, Job
 from dist_sft.config import read_recipe
 from dist_sft.errors import UserError
+from dist_sft.process import state_of
 from dist_sft.runs import Launch, Outcome
 
 JOB = Job("7", 0, [])
@@ -190,7 +191,7 @@ def test_a_notice_ends_no_ray(node: Callable[[int], Started]) -> None:
         process.send_signal(signal.SIGTERM)
     one.wait_for((one.folder / ray_node.NOTICE).exists)
     time.sleep(0.2)
-    assert all(process.is_running() for process in below)
+    assert all(state_of(process.pid) for process in below)
     (one.folder / ray_node.OVER).touch()
     assert one.process.wait(timeout=30) == 0
     assert not psutil.wait_procs(below, timeout=5)[1]

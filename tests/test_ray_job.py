@@ -21,8 +21,9 @@ from ray.exceptions import RayActorError
 
 from dist_sft import lease, node, ray_cluster, ray_controller, ray_job, ray_submit, ray_worker, runs
 from dist_sft.errors import UserError
-from dist_sft.ray_controller import GaveUp, Run, ask_to_stop
+from dist_sft.ray_controller import GaveUp, Run
 from dist_sft.ray_node import ray_command
+from dist_sft.ray_wish import ask_to_stop, read_stop
 from dist_sft.runs import Outcome
 
 
@@ -285,6 +286,7 @@ def test_the_head_of_a_slurm_job() -> None:
     head = ray_command(0, 4, "10.0.0.1", "n1", 20007, Path("/tmp/ray-7-0"))
     assert "--head" in head
     assert "--dashboard-host=127.0.0.1" in head
+    assert "--ray-client-server-port=10007" in head
     assert "--address=n1:20007" in ray_command(1, 4, "10.0.0.2", "n1", 20007, Path("/tmp/x"))
 
 
@@ -417,10 +419,10 @@ def test_a_worker_that_is_lost_before_its_rank_begins(
 
 
 def test_the_first_wish_to_stop_counts(run_dir: Path) -> None:
-    assert ray_worker.read_stop(run_dir, 0) is None
+    assert read_stop(run_dir, 0) is None
     ask_to_stop(run_dir, 0, "signal SIGINT")
     ask_to_stop(run_dir, 0, ray_worker.RESIZE)
-    assert ray_worker.read_stop(run_dir, 0) == "signal SIGINT"
+    assert read_stop(run_dir, 0) == "signal SIGINT"
 
 
 def test_reports_are_of_this_attempts_newest_step(run_dir: Path) -> None:

@@ -97,7 +97,7 @@ class Cluster:
         self.http = f"http://127.0.0.1:{self.dashboard}"
         self.head = self._start(
             cpus, "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={self.dashboard}",
+            f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}",
         )  # fmt: skip
 
     def add(self, cpus: int = 1, hides: Path | None = None) -> Node:

@@ -90,10 +90,10 @@ class RayRun:
                 raise AssertionError(f"{what}: {self.driver.process.communicate()[0]}")
             time.sleep(0.05)
 
-    def ranks(self) -> list[psutil.Process]:
+    def ranks(self, job: str = "train") -> list[psutil.Process]:
         """Return the processes of the ranks of the newest attempt, by their numbers."""
         attempt = max(runs.attempts(self.run_dir))
-        command = node.rank_command(self.run_dir, "train", attempt)[1:]
+        command = node.rank_command(self.run_dir, job, attempt)[1:]
         found = {}
         for process in psutil.process_iter():
             with ENDING:
