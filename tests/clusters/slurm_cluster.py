@@ -143,7 +143,7 @@ class Cluster:
                 raise ClusterFailed(f"job {job} is not {' or '.join(states)}: {self.show(job)}")
             return state in states
 
-        self._until(is_there, f"job {job} is {' or '.join(states)}", seconds, pause=0.3)
+        self._until(is_there, f"job {job} is {' or '.join(states)}", seconds, pause=0.5)
 
     def kill_node(self, name: str, how: Literal["power", "slurmd", "net"] = "power") -> None:
         """Power a node off, or kill its slurmd but not its jobs, or cut its network.

@@ -51,11 +51,13 @@ class Submitted(NamedTuple):
         """Wait until so many parts of a generation run are finished."""
         self.wait_until(lambda: len(parts.finished(self.run_dir)) >= count, f"{count} parts")
 
-    def wait_until(self, happened: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def wait_until(
+        self, happened: Callable[[], bool], what: str, seconds: float = 60, pause: float = 0.2
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {what}\n{self.explain()}"
-            time.sleep(0.2)  # SLURM's commands cost more than a step does
+            time.sleep(pause)
 
     def slow(self, seconds: float, attempts: int = 1) -> None:
         """Let steps take longer by so much, in so many attempts from the first one on."""
@@ -65,11 +67,12 @@ class Submitted(NamedTuple):
         """Send a signal to the batch shell, as SLURM does before the time limit."""
         self.cluster.run("scancel", f"--signal={name}", "--batch", f"{self.job}{task}")
 
-    def wait_for_restart(self) -> None:
-        """Wait until SLURM has put the job back once."""
+    def wait_for_restart(self, count: int = 1) -> None:
+        """Wait until SLURM has put the job back so many times."""
         self.wait_until(
-            lambda: self.cluster.show(self.job)["Restarts"] == "1", "a second start", 120
-        )
+            lambda: self.cluster.show(self.job)["Restarts"] == str(count),
+            f"start {count + 1}", 120, pause=0.5,
+        )  # fmt: skip
 
     def finish(self, state: str = "COMPLETED", seconds: float = 120) -> None:
         """Wait until the job has ended, well unless told otherwise."""

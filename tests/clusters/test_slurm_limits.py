@@ -60,7 +60,7 @@ def test_a_job_whose_time_is_up_without_a_warning_is_put_back(
     run.wait_for_step(runs_on(run, 1))
     rich.run("sh", "-c", again, on="n2")
     move_end(run, 1)  # SLURM looks every 30 s
-    run.wait_until(lambda: rich.show(run.job)["Restarts"] == "2", "a third start", 120)
+    run.wait_for_restart(2)
     told = run.log.partition("attempt 1: ")[2]
     assert "not all workers have ended in time; the job ends without them" in told
     have_time(run)
