@@ -18,7 +18,7 @@ from ray_cluster import Cluster
 
 from dist_sft import node, report, runs
 
-SECONDS = 120
+SECONDS = 180  # of a machine that does other things, too
 ENDING = suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess)
 """A process may end while it is looked at."""
 

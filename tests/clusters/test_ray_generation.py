@@ -11,7 +11,7 @@ from tiny_generation import output_of, write
 
 from dist_sft import parts, runs, status
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 ROWS = 600
 GENERATE = {"max_new_tokens": 40, "part_rows": 6, "batch_tokens": 900}  # some seconds of work
 

@@ -12,7 +12,7 @@ from slurm_run import EVERY, check_like, make, run_here
 
 from dist_sft import runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(500)]
 STEPS = 300
 
 

@@ -15,7 +15,7 @@ from slurm_run import EVERY, check_like, make
 
 from dist_sft import lease, runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.matrix, pytest.mark.timeout(500)]
 HEAD, PORT = "10.77.0.254", 6379
 NODES = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 

@@ -16,7 +16,7 @@ from slurm_run import EVERY, STEPS, check_like, check_whole, make, run_here
 
 from dist_sft import report, runs, status
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 matrix = pytest.mark.matrix
 
 
