@@ -10,8 +10,10 @@ weights, dtype and number of threads. Each runs in a process of its own, one aft
 after round; loading and a warm-up of two short answers are not timed.
 
 Columns, medians over the rounds: output tokens/s, end tokens included; how many times dist_sft is
-as fast in the same round; peak resident memory while it answers (on a GPU: peak allocated memory);
-by how much that is above what was in use before the first prompt; how many answers are those of
+as fast in the same round; the same for tokens per second of processor time, which is the steadier
+number on a machine with other work if there is one thread (two wait for each other, and waiting
+counts); peak resident memory while it answers (on a GPU: peak allocated memory); by how much that
+is above what was in use before the first prompt; how many answers are those of
 `pipeline, one by one`, token by token (float32 rounds otherwise in other shapes; in bfloat16 few
 stay).
 """
@@ -136,12 +138,13 @@ def measure(options: argparse.Namespace) -> None:
     short = argparse.Namespace(**vars(options) | {"max_new_tokens": 3})
     answer(model, tokenizer, texts[:2], ids[:2], short)
     before = memory(device, forget_peak=True)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     answers = answer(model, tokenizer, texts, ids, options)
-    seconds = time.perf_counter() - began
+    seconds, processor = time.perf_counter() - began, time.process_time() - worked
     found = {
         "answers": answers,
         "seconds": seconds,
+        "processor": processor,
         "peak": memory(device),
         "growth": memory(device) - before,
         "prompt_tokens": sum(map(len, ids)),
@@ -208,7 +211,8 @@ def run(options: argparse.Namespace, contestant: str, out: Path) -> dict[str, An
     if done.returncode:
         sys.exit(f"{contestant} ended with {done.returncode}:\n{done.stdout[-3000:]}")
     found: dict[str, Any] = json.loads(out.read_text())
-    found["rate"] = sum(map(len, found["answers"])) / found["seconds"]
+    tokens = sum(map(len, found["answers"]))
+    found["rate"], found["per_work"] = tokens / found["seconds"], tokens / found["processor"]
     return found
 
 
@@ -220,19 +224,22 @@ def table(rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace) 
         f"at most, {options.dtype}, {options.threads} threads, medians over {len(rounds)} rounds"
     )
     result = Table(title=title, box=box.MARKDOWN)
-    for name in ("contestant", "tokens/s", f"{OURS} is x", "peak MB", "growth MB", "same answers"):
-        result.add_column(name, justify="left" if name == "contestant" else "right")
+    result.add_column("contestant", no_wrap=True)
+    for name in ("tokens/s", "x", "per CPU s", "x", "peak MB", "growth MB", "same answers"):
+        result.add_column(name, justify="right")
     for name in first:
         runs = [found[name] for found in rounds]
-        ratios = [x[OURS]["rate"] / x[name]["rate"] for x in rounds if OURS in x]
+        speeds = []
+        for key in ("rate", "per_work"):
+            ratios = [x[OURS][key] / x[name][key] for x in rounds if OURS in x]
+            speeds += [f"{median(x[key] for x in runs):.1f}", f"{median(ratios or [0]):.2f}"]
         same = "-"
         if REFERENCE in first:
             pairs = zip(runs[0]["answers"], first[REFERENCE]["answers"], strict=True)
             same = f"{sum(a == b for a, b in pairs)}/{len(runs[0]['answers'])}"
         result.add_row(
             name,
-            f"{median(x['rate'] for x in runs):.1f}",
-            f"{median(ratios):.2f}" if ratios else "-",
+            *speeds,
             *(f"{median(x[key] for x in runs) / 1e6:.0f}" for key in ("peak", "growth")),
             same,
         )
