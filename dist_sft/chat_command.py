@@ -91,12 +91,14 @@ def _chat(options: argparse.Namespace) -> int:
         from dist_sft.sampling import Sampling
 
         sampling = Sampling(**settings.model_dump(include=set(SAMPLING)), seed=options.seed)
-        Chat(model, sampling, options.system).run()
+        chat = Chat(model, sampling, options.system)
+        chat.run()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         sys.stdout = None  # or Python flushes it once more at its end
-    return 0
+        return 0
+    return 1 if chat.unasked and not chat.in_terminal else 0
 
 
 def _checked(options: argparse.Namespace) -> Generate:
@@ -200,13 +202,15 @@ class Chat:
 
     def __init__(self, model: Model, sampling: Sampling, system: str | None) -> None:
         self._model, self._sampling, self._system = model, sampling, system
-        self._in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.unasked = 0
+        """Questions that were not put to the model."""
         self._turns: list[Turn] = []
         self._answers = 0
 
     def run(self) -> None:
         """Answer what is read from standard input."""
-        if self._in_terminal:
+        if self.in_terminal:
             import readline  # noqa: F401  with it, input() is a line that can be edited
 
             _say(COMMANDS)
@@ -229,7 +233,7 @@ class Chat:
 
     def _read(self) -> str | None:
         """Return the next line, None at the end of the input."""
-        if not self._in_terminal:
+        if not self.in_terminal:
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None
         while True:
@@ -250,15 +254,15 @@ class Chat:
         try:
             prompt = self._model.encoder.prompt(Conversation(tuple(turns)))
         except BadRow as problem:
-            _say(f"not asked: {problem}")
+            self._refuse(str(problem))
             return
         room = self._sampling.max_new_tokens
         if self._model.window is not None:
             room = min(room, self._model.window - len(prompt))
         if room < 1:
-            _say(
-                f"not asked: the conversation has {len(prompt)} tokens with this question, and the "
-                f"model takes {self._model.window}, answers included; /reset begins anew"
+            self._refuse(
+                f"the conversation has {len(prompt)} tokens with this question, and the model "
+                f"takes {self._model.window}, answers included; /reset begins anew"
             )
             return
         sampling = replace(self._sampling, max_new_tokens=room)
@@ -276,6 +280,13 @@ class Chat:
         elif answer.reason == "length":
             _say(f"(cut at --max-new-tokens {room})")
 
+    def _refuse(self, why: str) -> None:
+        """Say that a question is not put to the model; through a pipe its answer is empty."""
+        self.unasked += 1
+        _say(f"not asked: {why}")
+        if not self.in_terminal:
+            print(flush=True)
+
     def _print(self, stream: Generator[str, None, Answer]) -> tuple[str, Answer | None]:
         """Print an answer as it comes; return what was printed, and the answer unless cut short."""
         from dist_sft.console import printable
@@ -284,12 +295,12 @@ class Chat:
         try:
             while True:
                 piece = next(stream)
-                print(printable(piece, "\n\t") if self._in_terminal else piece, end="", flush=True)
+                print(printable(piece, "\n\t") if self.in_terminal else piece, end="", flush=True)
                 said += piece
         except StopIteration as end:
             answer = end.value
         except KeyboardInterrupt:
-            if not self._in_terminal:
+            if not self.in_terminal:
                 raise
         print(flush=True)
         return said, answer

@@ -351,12 +351,25 @@ def check(tree: dict[str, Any], origin: str) -> AnyRecipe:
             f"1 mistake in {origin}:\n  job: got {job!r}; allowed: {words}"
             f"{did_you_mean(str(job), list(JOBS))}"
         )
+    if isinstance(tree, dict):
+        _refuse_another_job(tree, job, origin)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         lines = explain(error, kind, tree)
         noun = "mistake" if len(lines) == 1 else "mistakes"
         raise UserError("\n  ".join([f"{len(lines)} {noun} in {origin}:", *lines])) from None
+
+
+def _refuse_another_job(tree: dict[str, Any], job: str, origin: str) -> None:
+    """Raise UserError for a recipe that has the main section of another job, and not its own."""
+    section = {"train": "data", "generate": "input"}
+    for other, main in section.items():
+        if other != job and main in tree and section[job] not in tree:
+            raise UserError(
+                f"{origin} is a recipe for {other} (it has {main}: and no {section[job]}:), and "
+                f"was given to {job}"
+            )
 
 
 def difference(old: AnyRecipe, new: AnyRecipe) -> dict[str, str]:

@@ -112,6 +112,8 @@ def finish(
     """Make one file of all parts, and `summary.json`; return what to say after `seconds`."""
     output = Path(recipe.output.path)
     tally = merged(run_dir, attempt, plan, answerer, output, beat, say)
+    if (run_dir / earlier.FOLDER).exists():
+        say(f"rows that kept earlier answers: {tally.reused:,} of {tally.rows:,}")
     runs.write_atomically(run_dir / "summary.json", tally.to_json())
     rate = Overview.read(run_dir, attempt, plan).tokens_per_second
     return [
@@ -243,18 +245,22 @@ def load_encoder(recipe: GenerateRecipe, place: Path) -> tuple[Words, Encoder]:
 
 
 def refuse_wrong_columns(recipe: GenerateRecipe, rows: Inputs) -> None:
-    """Raise UserError for a source of whose first rows none has a prompt in its columns."""
+    """Raise UserError for a source of whose first rows none has a prompt."""
     for number, source in enumerate(recipe.input):
         problems: list[BadRow | None] = []
         for row in rows.read(rows.first_of(number, LOOKED_AT)):
             try:
-                if not isinstance(row, BadRow):
-                    parse(row, source.format, answered=False)
-                    problems.append(None)
+                if isinstance(row, BadRow):
+                    raise row
+                parse(row, source.format, answered=False)
+                problems.append(None)
             except BadRow as error:
-                problems.append(error if error.reason == "wrong_columns" else None)
-        if problems and all(problems):
-            raise UserError(f"input.{number}.path={source.path}: {problems[0]}")
+                problems.append(error)
+        if all(problems):
+            raise UserError(
+                f"input.{number}.path={source.path}: none of the first {len(problems)} rows has a "
+                f"prompt; the first one: {problems[0]}. For generation a column prompt is enough"
+            )
 
 
 def room_for(recipe: GenerateRecipe, words: Path) -> int | None:

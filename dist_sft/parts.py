@@ -77,7 +77,9 @@ class Plan:
             for plan in (self, other)
         )
         return [
-            f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
+            "settings of the recipe"
+            if key == "settings"
+            else f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
             for key in dict.fromkeys((*old, *new))
             if old.get(key) != new.get(key)
         ]

@@ -22,6 +22,7 @@ from dist_sft.watchdog import Heart
 
 LOOK_SECONDS = 1.0  # between two looks at what others do, and whether to stop
 LISTING_SHARE = 20  # of a worker's time, one in so many seconds at most goes into listing parts
+NOTICE_SECONDS = 3.0  # what a node gets to say that it heard a signal, too
 PATIENCE_SECONDS = 5.0  # what others get to finish a part, where this worker has answered none
 FAILURES_SHOWN = 5
 
@@ -116,6 +117,7 @@ class Progress:
         self._began = time.monotonic()
         self._word, self._answers = Word(), 0
         self._looked = 0.0
+        self._ended_at: float | None = None
         self._patience = PATIENCE_SECONDS
         self.rows_before = sum(len(plan.rows_of(part)) for part in parts.finished(run_dir))
         """Finished when this worker began."""
@@ -187,9 +189,14 @@ class Progress:
             self._tell()
 
     def _look(self) -> None:
-        """Raise Interrupted where somebody asked for a stop."""
+        """Raise Interrupted where somebody asked for a stop, or torchrun ends this worker."""
         self._looked = time.monotonic()
-        if self._stop.reason is not None:
+        if self._stop.is_termination:
+            # The node hears a scheduler's TERM, too, perhaps a moment later.
+            self._ended_at = self._ended_at or self._looked
+            if self._looked - self._ended_at > NOTICE_SECONDS:
+                raise RuntimeError("ended, as another worker has failed")
+        elif self._stop.reason is not None:
             raise Interrupted(self._stop.reason)
 
     def _tell(self) -> None:
@@ -214,8 +221,6 @@ def describe(tally: Tally) -> list[str]:
     ]
     if tally.prompts_truncated:
         lines.append(f"prompts cut on the left: {tally.prompts_truncated:,}")
-    if tally.reused:
-        lines.append(f"rows whose earlier answers were kept: {tally.reused:,}")
     if tally.out_of_memory:
         lines.append(
             f"{tally.out_of_memory} batches did not fit into memory and were split: another run "

@@ -47,7 +47,8 @@ def add(commands: Any) -> None:
         "stop",
         _stop,
         help="ask a run to save and stop",
-        description="Ask a run to save and stop after the step it is in; nothing is killed.",
+        description="Ask a run to save and stop after the step it is in, or to leave the parts "
+        "of a generation that it is at; nothing is killed.",
     )
 
 
@@ -185,4 +186,4 @@ def _stop(options: argparse.Namespace) -> None:
         print(f"{run_dir} will not start: `launch/slurm.py cancel {run_dir}` ends job {waiting}")
         return
     (run_dir / "STOP").touch()
-    print(f"{run_dir} stops after its step; `dist-sft status {run_dir}` tells")
+    print(f"{run_dir} stops as soon as it can; `dist-sft status {run_dir}` tells")

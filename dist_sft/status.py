@@ -21,16 +21,21 @@ def status(run_dir: Path) -> list[str]:
         return [line for folder in folders for line in (*status(folder), "")][:-1]
     launch, held = runs.read_launch(run_dir), lease.read(run_dir)
     plan = parts.read_plan(run_dir)  # of generation
+    works = held is not None and not lease.is_gone(held.owner)
     return [
         f"{run_dir}: launched by {launch.launcher}, {_size(launch)}",
         f"owner: {_owner(run_dir, held)}",
         *slurm_queue.describe(slurm_queue.jobs_of(run_dir)),
         *_attempts(run_dir, held),
-        *(_answers(run_dir, plan) if plan else [_progress(run_dir), _checkpoints(run_dir)]),
+        *(
+            _answers(run_dir, plan, working=works)
+            if plan
+            else [_progress(run_dir), _checkpoints(run_dir)]
+        ),
     ]
 
 
-def _answers(run_dir: Path, plan: parts.Plan) -> list[str]:
+def _answers(run_dir: Path, plan: parts.Plan, *, working: bool) -> list[str]:
     """Tell how far a generation run is."""
     newest = max(runs.attempts(run_dir), default=0)
     view = Overview.read(run_dir, newest, plan)
@@ -38,7 +43,7 @@ def _answers(run_dir: Path, plan: parts.Plan) -> list[str]:
         f"rows {view.finished_rows:,} of {plan.rows:,} ({view.finished_rows / plan.rows:.1%}); "
         f"finished parts: {len(parts.finished(run_dir))} of {plan.parts}"
     ]
-    if view.age is not None:
+    if view.age is not None and working:
         lines[0] += (
             f"; {view.tokens_per_second:,.0f} tokens/s; written {view.age:.0f} s ago{view.eta}"
         )

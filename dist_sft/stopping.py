@@ -78,10 +78,21 @@ class StopFlag:
         """Return why this rank was asked to stop, or None."""
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
-        told = self._told.read_text().strip() if self._told and self._told.exists() else ""
-        if told:
-            return told
-        return "STOP file" if self._file and self._file.exists() else None
+        return self.told or ("STOP file" if self._file and self._file.exists() else None)
+
+    @property
+    def told(self) -> str | None:
+        """Return why the node of this rank wants it to stop, or None."""
+        there = self._told is not None and self._told.exists()
+        return (self._told.read_text().strip() or None) if self._told and there else None
+
+    @property
+    def is_termination(self) -> bool:
+        """Tell whether this rank alone heard TERM, and its node knows of no wish to stop.
+
+        So torchrun ends the other ranks when one has failed.
+        """
+        return self._signal == signal.SIGTERM and self._told is not None and self.told is None
 
 
 class Relay:

@@ -75,6 +75,13 @@ def check_words(located: Located, encoder: Encoder, say: Callable[[str], None], 
     Raises UserError where they differ. Says so where a checkpoint is too old to know.
     """
     if not located.checkpoint:
+        known, name = located.template, encoder.template.name
+        # What a run exported asks in the words of its training, whatever they are called there.
+        if known is not None and name not in (known, "tokenizer"):
+            raise UserError(
+                f"{key}: got {name}, but {located.folder} was trained with {known}; set {key} to "
+                f"{known}"
+            )
         return
     trained = located.facts.get("prompt_words")
     if trained is None:
@@ -85,8 +92,8 @@ def check_words(located: Located, encoder: Encoder, say: Callable[[str], None], 
     elif trained != encoder.prompt_fingerprint:
         raise UserError(
             f"{key}: prompts of the template {encoder.template.name} and this tokenizer are not "
-            f"those that {located.folder} was trained with. Set {key}: {located.template}, and "
-            "leave model.tokenizer out: the checkpoint has its own"
+            f"those that {located.folder} was trained with. Set {key} to {located.template}, "
+            "with the checkpoint's own tokenizer"
         )
 
 

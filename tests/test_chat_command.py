@@ -149,7 +149,7 @@ def test_a_question_that_cannot_be_asked(run_dir: Path, talk: Talk, tmp_path: Pa
         (["--step", "7"], r"^--step: got 7; allowed: newest, best, or one of the checkpoints of"),
         (["--step", "first"], r"^--step: got first; allowed: best, or the step of a checkpoint$"),
         (["--template", "chatml"], r"^--template: the template chatml needs 2 tokens that the"),
-        (["--template", "human-assistant"], r"Set --template: alpaca, and leave"),
+        (["--template", "human-assistant"], r"Set --template to alpaca, with"),
         (["--template", "x.jinja"], r"^--template=x\.jinja: no such template or file"),
         (["--top-p", "2"], r"^--top-p: got 2\.0; allowed: "),
         (["--max-new-tokens", "0"], r"^--max-new-tokens: got 0; allowed: "),

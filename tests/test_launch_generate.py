@@ -45,7 +45,8 @@ def test_stopped_killed_and_finished_on_other_workers(
     capsys.readouterr()
     assert dist_sft(["status", str(run_dir)]) == 0
     assert "; left: 0:0" in capsys.readouterr().out
-    victim = ranks_of(launcher, "generate")[0]
+    # Not rank 0, whose last word is the run's: torchrun ends it by a TERM that nobody asked for.
+    (victim,) = [one for one in ranks_of(launcher, "generate") if one.environ()["RANK"] == "1"]
     victim.send_signal(signal.SIGKILL)
     out, err = launcher.communicate(timeout=120)
     assert launcher.returncode == runs.FINISHED, err
@@ -54,3 +55,16 @@ def test_stopped_killed_and_finished_on_other_workers(
     assert len(runs.attempts(run_dir)) == 3
     assert not (run_dir / "weights").exists()
     assert output_of(run_dir).read_bytes() == output_of(tmp_path / "undisturbed").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_row_that_ends_the_run_is_named_whichever_worker_meets_it(tmp_path: Path) -> None:
+    recipe = tiny_generation.make(tmp_path, ROWS)
+    lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    lines[7], lines[31], lines[590] = lines[0], lines[1], '{"prompt": ""}'
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    path = write(recipe, tmp_path / "run", generate=GENERATE | {"on_error": "stop"})
+    code, _, err = run(path, workers=2, job="generate")
+    assert code == runs.WRONG_INPUT, err
+    assert "input: row 590 cannot be answered: " in err

@@ -336,8 +336,8 @@ def test_other_words_than_in_training_are_refused(tmp_path: Path, find: Any) -> 
             check_words(found, other, find.said.append, "template")
         assert str(refused.value) == (
             f"template: prompts of the template {other.template.name} and this tokenizer are not "
-            f"those that {found.folder} was trained with. Set template: human-assistant, and leave "
-            "model.tokenizer out: the checkpoint has its own"
+            f"those that {found.folder} was trained with. Set template to human-assistant, "
+            "with the checkpoint's own tokenizer"
         )
     older = find(write_checkpoint(tmp_path / "older", 5, llama()))
     check_words(older, wrong, find.said.append, "template")
