@@ -92,7 +92,7 @@ class RayRun:
 
     def ranks(self, job: str = "train") -> list[psutil.Process]:
         """Return the processes of the ranks of the newest attempt, by their numbers."""
-        attempt = max(runs.attempts(self.run_dir))
+        attempt = max(runs.attempts(self.run_dir), default=0)
         command = node.rank_command(self.run_dir, job, attempt)[1:]
         found = {}
         for process in psutil.process_iter():
