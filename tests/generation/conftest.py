@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny_generation
+import torch
 from generating import work
 from tiny_generation import output_of, write
 
@@ -20,10 +21,22 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def greedy(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Return what nobody disturbed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     path = write(recipe, tmp_path_factory.mktemp("greedy") / "run")
     with pytest.MonkeyPatch.context() as patch:
         assert work(path, patch).code == runs.FINISHED
+    torch.set_num_threads(before)
     return output_of(path.with_suffix("")).read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Compute as workers do: their number of threads is among what answers depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

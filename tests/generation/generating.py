@@ -1,12 +1,15 @@
 """Workers of a generation run, in the process of a test."""
 
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_sft import generate, local, parts, runs
 from dist_sft.console import Console
@@ -60,3 +63,28 @@ def after(count: int, happens: Callable[[], None], patch: pytest.MonkeyPatch) ->
 
 def launch(path: Path, *options: str) -> int:
     return local.main(["generate", str(path), *options])
+
+
+KILLED = 99
+EVENTS = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
+
+
+def work_until_killed(run_dir: Path, number: int, calls: int) -> None:
+    """Be a worker that ends itself before it changes a name in its run folder after so many."""
+    left = calls
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in EVENTS and any(str(one).startswith(str(run_dir)) for one in arguments):
+            if left == 0:
+                os._exit(KILLED)
+            left -= 1
+
+    torch.set_num_threads(1)
+    sys.addaudithook(hook)
+    code = 1
+    try:
+        code = attempt(run_dir, pytest.MonkeyPatch(), number=number).code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)

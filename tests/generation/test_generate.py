@@ -1,16 +1,15 @@
 """Offline generation: every row once, in order, the same bytes whatever happened on the way."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from generating import after, attempt, rows_in, work
+from generating import KILLED, after, attempt, rows_in, work, work_until_killed
 from tiny_generation import BROKEN, ROWS, output_of, row_of, write
 
 from dist_sft import generate, local, parts, progress, runs
@@ -305,8 +304,6 @@ def test_a_stop_while_a_damaged_part_is_answered_again(
 
 # ---- a kill at any write -------------------------------------------------------------------------
 
-EVENTS = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
-
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("reuse", [False, True], ids=["fresh", "reuse"])
@@ -340,7 +337,7 @@ def test_a_kill_before_any_change_of_a_name_costs_nothing(
         if reuse:
             shutil.copytree(tmp_path / "before", run_dir)
             shutil.copyfile(tmp_path / "answers-before", output_of(run_dir))
-        code = in_a_child(path, monkeypatch, options, calls)
+        code = in_a_child(path, options, calls)
         if code == KILLED:
             assert work(path, monkeypatch, *options).code == runs.FINISHED, calls
         else:
@@ -361,30 +358,16 @@ def test_a_kill_before_any_change_of_a_name_costs_nothing(
         assert rows == rows_in(output_of(tmp_path / "whole").read_bytes())
 
 
-KILLED = 99
-
-
-def in_a_child(path: Path, patch: pytest.MonkeyPatch, options: list[str], calls: int) -> int:
-    """Do a worker's work in a forked process that ends itself before one of its calls."""
-    run_dir = str(path.with_suffix(""))
+def in_a_child(path: Path, options: list[str], calls: int) -> int | None:
+    """Do a worker's work in another process, that ends itself before one of its calls."""
+    run_dir = path.with_suffix("")
     assert local.main(["generate", str(path), "--prepare", *options]) == runs.FINISHED
-    number = runs.start_attempt(Path(run_dir))
-    pid = os.fork()
-    if pid == 0:
-        left = calls
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal left
-            about = any(str(argument).startswith(run_dir) for argument in arguments)
-            if event in EVENTS and about:
-                if left == 0:
-                    os._exit(KILLED)
-                left -= 1
-
-        code = 1
-        try:
-            sys.addaudithook(hook)
-            code = attempt(Path(run_dir), patch, number=number).code
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    number = runs.start_attempt(run_dir)
+    # Of this process, in which tests have had threads, nothing can be forked.
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload(["dist_sft.generate"])
+    child = clean.Process(target=work_until_killed, args=(run_dir, number, calls))
+    child.start()
+    child.join(timeout=60)
+    code, _ = child.exitcode, child.kill()
+    return code
