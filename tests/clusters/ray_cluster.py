@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -57,23 +57,24 @@ class Node:
             time.sleep(0.1)
 
     def processes(self) -> list[psutil.Process]:
-        """Return its processes, which may have been given to init."""
+        """Return its living processes, which may have been given to init."""
         found = []
         for process in psutil.process_iter():
-            try:
-                if os.getsid(process.pid) == self._process.pid:
+            # It may end while it is looked at.
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                mine = os.getsid(process.pid) == self._process.pid
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except ProcessLookupError:
-                continue
         return found
 
     def kill(self) -> None:
         """End it as a power failure does."""
         deadline = time.monotonic() + SECONDS
-        while living := [p for p in self.processes() if p.status() != psutil.STATUS_ZOMBIE]:
+        while living := self.processes():
             assert time.monotonic() < deadline, living
             for process in living:
-                process.send_signal(signal.SIGKILL)
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
             if self._process.poll() is None:
                 self._process.wait(timeout=SECONDS)
             time.sleep(0.05)
