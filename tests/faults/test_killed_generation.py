@@ -4,6 +4,7 @@ import random
 import shutil
 import time
 from collections import Counter
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from dist_sft import parts, runs
 
 SEED, KILLS, ROWS, PART_ROWS = 6, 20, 600, 4
 WORLDS = (1, 3, 2)
-SECONDS = 0.9  # a kill comes this long after the start at most
+# When a kill is due: within so long after the start, or after a worker has begun with a part.
+MOMENTS = {"starting": (6, 0.1), "working": (14, 0.8)}
 SLOWLY = Way(seconds_per_step=0.008)
 SAMPLED = {"temperature": 0.9, "top_k": 50, "num_samples": 2}
 
@@ -51,9 +53,13 @@ def test_kills_change_nothing(
     rng = random.Random(SEED)
     fell: Counter[str] = Counter()
     finished = [0]
-    for _, world in zip(range(KILLS), cycle(WORLDS), strict=False):
+    moments = [name for name, (count, _) in MOMENTS.items() for _ in range(count)]
+    rng.shuffle(moments)
+    for moment, world in zip(moments, cycle(WORLDS), strict=False):
         group = warm.start(killed, world, SLOWLY, job="generate")
-        time.sleep(rng.uniform(0, SECONDS))
+        if moment == "working":
+            group.wait_until(partial(any_begun, group))
+        time.sleep(rng.uniform(0, MOMENTS[moment][1]))
         victim = rng.randrange(world)
         assert group.kill_one(victim), f"kill {fell.total() + 1} found worker {victim} dead"
         group.kill()  # as torchrun does with the others
@@ -63,9 +69,9 @@ def test_kills_change_nothing(
 
     print(f"{KILLS} kills: {dict(fell)}; finished parts: {finished}")
     assert runs.attempts(run_dir) == list(range(KILLS + 1))
-    assert fell["starting"] >= 2
+    assert fell["starting"] >= 1
     assert fell["in a part"] >= 8
-    assert len(set(finished)) > 8, "the kills must have fallen on a run that got on"
+    assert len(set(finished)) > 5, "the kills must have fallen on a run that got on"
     assert finished[-1] < -(-ROWS // PART_ROWS), "and not on one that was finished"
     assert (
         output_of(run_dir, suffix).read_bytes()
@@ -73,15 +79,21 @@ def test_kills_change_nothing(
     )
 
 
+def begun(group: Group) -> set[int]:
+    """Return the parts that workers of this attempt have begun."""
+    claims = runs.attempt_dir(group.run_dir, group.attempt) / "claims"
+    return {int(path.name) for path in claims.glob("*")}
+
+
+def any_begun(group: Group) -> bool:
+    return bool(begun(group))
+
+
 def where_it_fell(group: Group) -> str:
     """Tell what the workers of a killed attempt were doing."""
-    claimed = {
-        int(path.name)
-        for path in (runs.attempt_dir(group.run_dir, group.attempt) / "claims").glob("*")
-    }
-    if not claimed:
+    if not begun(group):
         return "starting"
-    return "in a part" if claimed - parts.finished(group.run_dir) else "between parts"
+    return "in a part" if begun(group) - parts.finished(group.run_dir) else "between parts"
 
 
 @pytest.mark.slow
