@@ -126,13 +126,18 @@ def measure(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from dist_sft import weights
+
     logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     texts = prompts(options)
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    if options.measure == OURS:
+        model = weights.load(Path(options.model), dtype, torch.device(device))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
     ids: Answers = [tokenizer(text).input_ids for text in texts]
     answer = CONTESTANTS[options.measure]
     short = argparse.Namespace(**vars(options) | {"max_new_tokens": 3})

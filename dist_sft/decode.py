@@ -11,6 +11,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from dist_sft.stop_strings import StopStrings
 
 SLACK = 16  # columns to spare: so many steps go by before columns are moved to the front
 WAITERS = 4  # a batch is filled up when one of so many places is free: prompts go together, too
+PREFILL_TOKENS = 256  # so many keep the processor busy: others, shorter ones, need no padding
+LIKE_LENGTH = 0.8
 
 Reason = Literal["eos", "stop", "length", "error", "memory"]
 
@@ -228,6 +231,13 @@ class Decoder:
 
     def _enter(self, memory: Slots | StockCache, new: list[_Row], at: int) -> Tensor:
         """Let rows in behind the first `at` ones; return the logits of their first tokens."""
+        logits = []
+        for some in _alike(new) if memory.refills else [new]:
+            logits.append(self._enter_together(memory, some, at))
+            at += len(some)
+        return torch.cat(logits)
+
+    def _enter_together(self, memory: Slots | StockCache, new: list[_Row], at: int) -> Tensor:
         prompts: dict[tuple[int, ...], int] = {}  # samples of one row share the work
         sources = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in new]
         distinct = [new[sources.index(number)] for number in range(len(prompts))]
@@ -315,6 +325,24 @@ def grouped(
         group.append(number)
     if group:
         yield group
+
+
+def _alike(rows: list[_Row]) -> Iterator[list[_Row]]:
+    """Yield rows, longest prompt first, as they go through one forward: little is padding.
+
+    Rows of one length stay together, and with them the samples of one prompt.
+    """
+    some: list[_Row] = []
+    longest = tokens = 0
+    for length, group in groupby(rows, key=lambda row: len(row.request.prompt)):
+        if tokens >= PREFILL_TOKENS and length < LIKE_LENGTH * longest:
+            yield some
+            some, longest, tokens = [], 0, 0
+        same = list(group)
+        some += same
+        longest = max(longest, length)
+        tokens += length * len({tuple(row.request.prompt) for row in same})
+    yield some
 
 
 def room(rows: int, longest: int, batch_tokens: int) -> tuple[int, int]:

@@ -299,8 +299,9 @@ def load_answerer(
     else:
         trusting = recipe.model.trust_remote_code
         model = load(
-            folder, dtype, place.device, name=recipe.model.path, trust_remote_code=trusting
-        )
+            folder, dtype, place.device, name=recipe.model.path, trust_remote_code=trusting,
+            prepacked=recipe.generate.prepack_weights,
+        )  # fmt: skip
         text_of = partial(words.tokenizer.decode, skip_special_tokens=False)
         engine = HuggingFace(model, encoder, text_of, recipe, tick)
     reused = run_dir / earlier.FOLDER / "keys.npy"

@@ -1,6 +1,7 @@
 """A model to answer with: from a folder as it is, or a checkpoint that is converted once.
 
-On CPU, workers of one node share the memory of weights: they map the same files.
+On CPU, workers of one node share the memory of weights: they map the same files, and copy what
+`prepack` lays out anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dist_sft.locate import Located, Step, check_vocabulary, locate
 from dist_sft.manifest import DamagedCheckpoint
 from dist_sft.model import load_pretrained
 from dist_sft.once import DamagedError, make_once
+from dist_sft.prepack import can_prepack, prepack
 
 __all__ = [
     "Located",
@@ -104,15 +106,20 @@ def load(
     *,
     name: str | None = None,
     trust_remote_code: bool = False,
+    prepacked: bool = True,
 ) -> PreTrainedModel:
     """Load a model to answer with: in `dtype`, on `device`, in evaluation mode.
 
-    On CPU, weights that are stored in `dtype` stay in the files' pages, which processes share. The
-    files must stay what they are for as long as the model is used. Raises UserError where they
-    cannot be loaded; `name` is what the recipe calls them.
+    On CPU, weights that are stored in `dtype` stay in the files' pages, which processes share,
+    unless they are `prepacked`: then a process has its own, and they are the faster ones. The files
+    must stay what they are for as long as the model is used. Raises UserError where they cannot be
+    loaded; `name` is what the recipe calls them.
     """
     place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     model = load_pretrained(
         str(folder), dtype, name=name, trust_remote_code=trust_remote_code, **place
     )
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if prepacked and can_prepack(dtype, device):
+        prepack(model)
+    return model

@@ -129,7 +129,7 @@ def test_answers_are_told_with_their_ends() -> None:
 
 
 @contextmanager
-def counted(slack: int) -> Iterator[Counter[str]]:
+def counted(slack: int, prefill_tokens: int = 256) -> Iterator[Counter[str]]:
     """Count what happens to the memory, of which fewer columns are to spare."""
     counts: Counter[str] = Counter()
     join, copy, trim = Slots.join, Slots._copy, Slots.trim
@@ -156,6 +156,7 @@ def counted(slack: int) -> Iterator[Counter[str]]:
         patch.setattr(Slots, "_copy", counted_copy)
         patch.setattr(Slots, "trim", counted_trim)
         patch.setattr(decode, "SLACK", slack)
+        patch.setattr(decode, "PREFILL_TOKENS", prefill_tokens)
         yield counts
 
 
@@ -179,7 +180,8 @@ def test_no_mixture_of_lengths_mixes_rows_up() -> None:
         ]
         model = ScriptedModel(saying(answers, EOS), VOCAB)
         sampling = Sampling(random.choice([5, 8, 50]))
-        with counted(slack=random.choice([1, 2, 64])) as counts:
+        share = random.choice([1, 30, 256])
+        with counted(slack=random.choice([1, 2, 64]), prefill_tokens=share) as counts:
             ours = decoder(model, sampling).answer(requests, random.choice([1, 200, 500, 10**6]))
         for request, answer in zip(requests, ours, strict=True):
             wanted = answers[request.row]
@@ -213,6 +215,18 @@ def test_samples_share_the_prefill() -> None:
     ours = decoder(model, Sampling(20)).answer(requests, 10**6)
     assert model.shapes == [(2, 3), (6, 1), (6, 1), (6, 1), (3, 1)]
     assert [answer.ids for answer in ours] == [[5] * 4] * 3 + [[6] * 3] * 3
+
+
+def test_prompts_are_padded_to_others_of_like_length() -> None:
+    """As soon as they are enough to keep the processor busy; samples of one stay together."""
+    lengths = [40, 35, 35, 30, 20, 20, 9, 3, 3]
+    prompts = [[n + 1, *[3] * (length - 2), BEGIN] for n, length in enumerate(lengths)]
+    model = ScriptedModel(saying([[5]] * len(lengths), EOS), VOCAB)
+    requests = [Request(prompt, row, s) for row, prompt in enumerate(prompts) for s in range(2)]
+    with counted(slack=0, prefill_tokens=60):
+        ours = decoder(model, Sampling(40)).answer(requests, 10**6)
+    assert model.shapes == [(3, 40), (3, 30), (3, 9), (18, 1)]
+    assert [answer.ids for answer in ours] == [[5]] * 18
 
 
 def test_a_batch_keeps_within_its_tokens_and_prompts_of_like_length_go_together() -> None:

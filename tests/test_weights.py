@@ -439,7 +439,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dist_sft.weights import convert, load
 
 folder, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])
-mine = out.with_name(out.name + sys.argv[4])
+mine, packed = out.with_name(out.name + sys.argv[4]), sys.argv[5] == "packed"
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -457,9 +457,10 @@ def answer(model):
     return model(input_ids=torch.arange(model.config.vocab_size)[None, ::500], use_cache=False)
 
 def loaded():
-    model = load(out, dtype, torch.device("cpu"))
+    model = load(out, dtype, torch.device("cpu"), prepacked=packed)
     answer(model)
-    touched = [weight.view(-1)[::512].float().sum() for weight in model.parameters()]
+    if not packed:
+        touched = [weight.view(-1)[::512].float().sum() for weight in model.parameters()]
     return model
 
 answer(LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -483,8 +484,9 @@ sys.stdin.readline()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packed", ["packed", "as they are"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_of_converting_and_loading(dtype: str, tmp_path: Path) -> None:
+def test_memory_of_converting_and_loading(dtype: str, packed: str, tmp_path: Path) -> None:
     """Grow by at most 1.5 x the weights; the pages of two workers are the same."""
     config = LLAMA_LIKE | {"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 4}
     config |= {"head_dim": 96, "num_attention_heads": 8}
@@ -497,7 +499,7 @@ def test_memory_of_converting_and_loading(dtype: str, tmp_path: Path) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", MEMORY, checkpoint, tmp_path / "weights", dtype,
-             str(number)],
+             str(number), packed],
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
