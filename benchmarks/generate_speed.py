@@ -7,13 +7,14 @@ Contestants: `pipeline("text-generation")` with one prompt at a time and with ba
 file order; `generate_batch`, transformers' continuous batching, with as much memory for keys and
 values as `dist_sft` has; `dist_sft` itself. All answer the same prompts greedily with the same
 weights, dtype and number of threads. Each runs in a process of its own, one after the other, round
-after round; loading and a warm-up of two short answers are not timed.
+after round. Loading and a warm-up of two short answers are not in the rates; `dist_sft` loads as
+its `generate` does, which on CPU lays weights out anew.
 
 Columns, medians over the rounds: output tokens/s, end tokens included; how many times dist_sft is
 as fast in the same round; the same for tokens per second of processor time, which is the steadier
 number on a machine with other work if there is one thread (two wait for each other, and waiting
-counts); peak resident memory while it answers (on a GPU: peak allocated memory); by how much that
-is above what was in use before the first prompt; how many answers are those of
+counts); seconds to load; peak resident memory while it answers (on a GPU: peak allocated memory);
+by how much that is above what was in use before the first prompt; how many answers are those of
 `pipeline, one by one`, token by token (float32 rounds otherwise in other shapes; in bfloat16 few
 stay).
 """
@@ -134,10 +135,12 @@ def measure(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
+    began = time.perf_counter()
     if options.measure == OURS:
         model = weights.load(Path(options.model), dtype, torch.device(device))
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    loading = time.perf_counter() - began
     ids: Answers = [tokenizer(text).input_ids for text in texts]
     answer = CONTESTANTS[options.measure]
     short = argparse.Namespace(**vars(options) | {"max_new_tokens": 3})
@@ -149,6 +152,7 @@ def measure(options: argparse.Namespace) -> None:
     found = {
         "answers": answers,
         "seconds": seconds,
+        "loading": loading,
         "processor": processor,
         "peak": memory(device),
         "growth": memory(device) - before,
@@ -230,7 +234,16 @@ def table(rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace) 
     )
     result = Table(title=title, box=box.MARKDOWN)
     result.add_column("contestant", no_wrap=True)
-    for name in ("tokens/s", "x", "per CPU s", "x", "peak MB", "growth MB", "same answers"):
+    for name in (
+        "tokens/s",
+        "x",
+        "per CPU s",
+        "x",
+        "load s",
+        "peak MB",
+        "growth MB",
+        "same answers",
+    ):
         result.add_column(name, justify="right")
     for name in first:
         runs = [found[name] for found in rounds]
@@ -245,6 +258,7 @@ def table(rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace) 
         result.add_row(
             name,
             *speeds,
+            f"{median(x['loading'] for x in runs):.1f}",
             *(f"{median(x[key] for x in runs) / 1e6:.0f}" for key in ("peak", "growth")),
             same,
         )

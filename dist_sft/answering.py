@@ -194,7 +194,7 @@ def _count(tally: Tally, one: _Asked, told: list[dict[str, Any]]) -> None:
 def _salt(recipe: GenerateRecipe, plan: Plan) -> str:
     """Return what all answers depend on: model, words, sampling; not which rows there are."""
     facts = {key: value for key, value in plan.facts.items() if not key.startswith(OF_A_PLAN)}
-    idle = {"batch_tokens", "part_rows", "on_error"}
+    idle = {"batch_tokens", "part_rows", "on_error", "prepack_weights"}
     return _hash([facts, recipe.seed, recipe.generate.model_dump(mode="json", exclude=idle)])
 
 

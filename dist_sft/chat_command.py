@@ -63,6 +63,12 @@ def add(commands: Any) -> None:
         help="default: bfloat16 on GPU, float32 on CPU",
     )
     command.add_argument(
+        "--prepack-weights",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on CPU: a copy of the weights that is faster; default: yes",
+    )
+    command.add_argument(
         "--verify",
         default="sha256",
         choices=["sha256", "size"],
@@ -175,7 +181,10 @@ def _load(options: argparse.Namespace, step: Any) -> Model:
 
     with _scratch(located, dtype) as scratch:
         folder = weights.ready(located, scratch / "weights", dtype, _say)
-        model = weights.load(folder, dtype, device, name=options.model, trust_remote_code=trusting)
+        model = weights.load(
+            folder, dtype, device, name=options.model, trust_remote_code=trusting,
+            prepacked=options.prepack_weights,
+        )  # fmt: skip
     # The converted files have no names any more; for as long as they are mapped, they are there.
     _say(f"{located.folder}: template {name}, {dtype} on {device.type}")
     return Model(model, encoder, text_of, positions(model.config.get_text_config()))

@@ -27,8 +27,9 @@ from dist_sft.stop_strings import StopStrings
 
 SLACK = 16  # columns to spare: so many steps go by before columns are moved to the front
 WAITERS = 4  # a batch is filled up when one of so many places is free: prompts go together, too
-PREFILL_TOKENS = 256  # so many keep the processor busy: others, shorter ones, need no padding
-LIKE_LENGTH = 0.8
+PREFILL_TOKENS = 256  # so many keep a CPU busy: shorter prompts need not be padded to them
+LIKE_LENGTH = 0.8  # of the longest: what is shorter begins another share
+MOST_TOKENS = 1024  # of a share: all but the first are in memory beside the batch
 
 Reason = Literal["eos", "stop", "length", "error", "memory"]
 
@@ -80,7 +81,7 @@ class Decoder:
     """Answer prompts with one model, in the way of one `Sampling`.
 
     The model is in eval mode and has its stock attention. `stop_ids` are the tokens that end an
-    answer, `text_of` makes text of ids. `tick` is told after every forward how many tokens were
+    answer, `text_of` makes text of ids. `tick` is told after every step how many tokens were
     chosen and how many answers they ended, and may raise to leave.
 
     Where memory does not suffice, the rows that are not finished begin again, half as many at a
@@ -127,6 +128,8 @@ class Decoder:
         self._memory = Slots if plain else StockCache
         # Who is not told positions finds them out: from the mask, or by counting padding, too.
         self._pads = self._takes_positions or self._sees_no_padding()
+        # A GPU is kept busy by more than a batch; and with ZeRO-3, a forward gathers all weights.
+        self._shares = plain and agree is None and model.device.type == "cpu"
 
     @torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers in it cannot be trained
     def answer(self, requests: Sequence[Request], batch_tokens: int) -> list[Answer]:
@@ -232,12 +235,13 @@ class Decoder:
     def _enter(self, memory: Slots | StockCache, new: list[_Row], at: int) -> Tensor:
         """Let rows in behind the first `at` ones; return the logits of their first tokens."""
         logits = []
-        for some in _alike(new) if memory.refills else [new]:
+        for some in _alike(new) if self._shares else [new]:
             logits.append(self._enter_together(memory, some, at))
             at += len(some)
-        return torch.cat(logits)
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def _enter_together(self, memory: Slots | StockCache, new: list[_Row], at: int) -> Tensor:
+        """Do so in one forward."""
         prompts: dict[tuple[int, ...], int] = {}  # samples of one row share the work
         sources = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in new]
         distinct = [new[sources.index(number)] for number in range(len(prompts))]
@@ -335,7 +339,8 @@ def _alike(rows: list[_Row]) -> Iterator[list[_Row]]:
     some: list[_Row] = []
     longest = tokens = 0
     for length, group in groupby(rows, key=lambda row: len(row.request.prompt)):
-        if tokens >= PREFILL_TOKENS and length < LIKE_LENGTH * longest:
+        least = PREFILL_TOKENS if length < LIKE_LENGTH * longest else MOST_TOKENS
+        if tokens >= least:
             yield some
             some, longest, tokens = [], 0, 0
         same = list(group)
@@ -365,4 +370,5 @@ def _out_of_memory(error: Exception) -> bool:
     """Tell whether memory did not suffice: what torch raises for it on CPU is any RuntimeError."""
     said = str(error)
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return no_memory or "DefaultCPUAllocator" in said or "not enough memory" in said
+    known = "DefaultCPUAllocator" in said or "not enough memory" in said
+    return no_memory or known or said == "could not create a primitive"  # oneDNN's word for it

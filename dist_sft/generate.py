@@ -34,6 +34,7 @@ from dist_sft.locate import Located
 from dist_sft.model import positions, resolve_dtype
 from dist_sft.parts import Plan, Tally
 from dist_sft.paths import cache_folder
+from dist_sft.prepack import can_prepack
 from dist_sft.prepare import once_per_node
 from dist_sft.progress import Interrupted, Overview, Progress, describe
 from dist_sft.runs import Outcome
@@ -175,7 +176,7 @@ def prepare(
         **sources,
         "model": located.identity,
         "template and tokenizer": encoder.prompt_fingerprint,
-        "computed": f"in {dtype} on {device_name(device)}",
+        "computed": f"in {dtype} on {device_name(device)}{layout(recipe, dtype, device)}",
         "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "settings": recipe.settings_fingerprint(),
     }
@@ -235,6 +236,12 @@ def name_of(dtype: torch.dtype) -> str:
 def device_name(device: torch.device) -> str:
     """Return what computes, as far as last bits depend on it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def layout(recipe: GenerateRecipe, dtype: torch.dtype, device: torch.device) -> str:
+    """Return how weights lie, as far as last bits depend on it."""
+    wanted = recipe.generate.engine == "hf" and recipe.generate.prepack_weights
+    return ", weights prepacked" if wanted and can_prepack(dtype, device) else ""
 
 
 def load_encoder(recipe: GenerateRecipe, place: Path) -> tuple[Words, Encoder]:

@@ -84,8 +84,8 @@ class Generate(Section):
     on_error: Literal["record", "stop"] = "record"
     """Rows that cannot be answered: recorded, with finish_reason error, or the end of the run."""
     prepack_weights: bool = True
-    """On CPU: lay the weights of linear layers out for oneDNN. Faster, but workers of one node do
-    not share their memory then."""
+    """On CPU: lay the weights of linear layers out for oneDNN. Faster, as measured on AMD, but then
+    workers of one node do not share their memory."""
     engine: Literal["hf", "vllm"] = "hf"
     """hf: dist_sft's own decoding on the Hugging Face model; vllm: where that is installed."""
 
@@ -134,6 +134,7 @@ class GenerateRecipe(Job):
     def settings_fingerprint(self) -> str:
         """Return a hash of the settings that answers depend on, where they are not named by it."""
         told = self.model_dump(mode="json", include={"seed", "template", "generate", "input"})
-        del told["generate"]["on_error"]
+        for idle in ("on_error", "prepack_weights"):  # of which the plan has other facts
+            del told["generate"][idle]
         told["input"] = [source["format"] for source in told["input"]]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

@@ -48,37 +48,52 @@ def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
 def prepack(model: nn.Module) -> None:
     """Lay the weights of all linear layers out anew, in a model whose weights stay what they are.
 
-    `torch.compile` does so by the same functions for weights that it freezes. The memory of weights
-    that are in a file's pages is given back: they are read again if anybody looks at them.
+    Subclasses of `Linear` and of `Parameter`, as quantization has them, are left alone. The memory
+    of weights that are in a file's pages is given back: they are read again if anybody looks.
     """
-    mapped = list(_mapped())
-    for layer in model.modules():
-        if type(layer) is nn.Linear and layer.weight.dtype in DTYPES:
-            layer.prepacked = _onednn()._reorder_linear_weight(layer.weight.detach(), None)
-            layer.__class__ = PrepackedLinear
-            _forget(layer.weight, mapped)
+    unchanged = list(_unchanged_mappings())
+    linear = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    layers = [layer for layer in linear if _is_plain(layer)]
+    # The largest one first: the memory that it needs twice is not needed on top of all others.
+    for layer in sorted(layers, key=lambda layer: -layer.weight.nbytes):
+        layer.prepacked = _onednn()._reorder_linear_weight(layer.weight.detach(), None)
+        layer.__class__ = PrepackedLinear
+        _forget(layer.weight, unchanged)
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype in DTYPES
+        and layer.weight.device.type == "cpu"
+    )
 
 
 def _onednn() -> Any:
     return torch.ops.mkldnn
 
 
-def _mapped() -> Iterator[tuple[int, int]]:
-    """Yield the addresses, first and end, of this process's mappings of files."""
+def _unchanged_mappings() -> Iterator[tuple[int, int]]:
+    """Yield the addresses, first and end, of mappings whose every page is what a file has."""
     if sys.platform != "linux":
         return
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            first, end = addresses.split("-")
-            yield int(first, 16), int(end, 16)
+    first = end = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            # addresses, permissions, offset, device, inode, path; no inode: no file
+            first, end = (int(number, 16) for number in words[0].split("-"))
+            end = end if words[4] != "0" else first
+        elif words[0] == "Anonymous:" and words[1] == "0" and first < end:
+            yield first, end
 
 
-def _forget(weight: Tensor, mapped: list[tuple[int, int]]) -> None:
+def _forget(weight: Tensor, unchanged: list[tuple[int, int]]) -> None:
     """Give a weight's whole pages back where a file has its content."""
     first = weight.data_ptr()
     end = first + weight.nbytes
-    if any(a <= first and end <= b for a, b in mapped):
+    if any(a <= first and end <= b for a, b in unchanged):
         first += -first % mmap.PAGESIZE
         end -= end % mmap.PAGESIZE
         if first < end:

@@ -223,10 +223,19 @@ def test_prompts_are_padded_to_others_of_like_length() -> None:
     prompts = [[n + 1, *[3] * (length - 2), BEGIN] for n, length in enumerate(lengths)]
     model = ScriptedModel(saying([[5]] * len(lengths), EOS), VOCAB)
     requests = [Request(prompt, row, s) for row, prompt in enumerate(prompts) for s in range(2)]
-    with counted(slack=0, prefill_tokens=60):
+    with counted(slack=0, prefill_tokens=60), pytest.MonkeyPatch.context() as patch:
         ours = decoder(model, Sampling(40)).answer(requests, 10**6)
-    assert model.shapes == [(3, 40), (3, 30), (3, 9), (18, 1)]
+        patch.setattr(decode, "MOST_TOKENS", 40)
+        fewer = decoder(model, Sampling(40)).answer(requests, 10**6)
+        together = decoder(model, Sampling(40), agree=lambda tokens: tokens)  # ZeRO-3
+        at_once = together.answer(requests, 10**6)
+    assert model.shapes == [
+        *[(3, 40), (3, 30), (3, 9), (18, 1)],
+        *[(1, 40), (2, 35), (3, 30), (3, 9), (18, 1)],
+        *[(9, 40), (18, 1)],
+    ]
     assert [answer.ids for answer in ours] == [[5]] * 18
+    assert ours == fewer == at_once
 
 
 def test_a_batch_keeps_within_its_tokens_and_prompts_of_like_length_go_together() -> None:
@@ -369,7 +378,10 @@ def full(limit: int, fault: Any = Full.fault) -> Full:
     return model
 
 
-@pytest.mark.parametrize("fault", [Full.fault, MemoryError("numpy"), 2**60])
+ONEDNN = RuntimeError("could not create a primitive")
+
+
+@pytest.mark.parametrize("fault", [Full.fault, MemoryError("numpy"), ONEDNN, 2**60])
 def test_rows_that_do_not_fit_into_memory_begin_again_in_halves(fault: Any) -> None:
     """The last fault is what torch really says on CPU."""
     told: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Packed weights: the same numbers but for rounding, in no more memory."""
+"""Prepacked weights: the same numbers but for rounding, and no copy in memory beside them."""
 
 from pathlib import Path
 
@@ -19,16 +19,18 @@ PROMPTS = [[3 + (7 * row + column) % (VOCAB - 3) for column in range(row)] for r
 
 
 @pytest.fixture(params=["llama", "qwen2", "gpt2", "bloom", "mixtral", "gemma3_text"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    tiny_model(request.param).save_pretrained(tmp_path)
-    return tmp_path
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_the_same_but_for_rounding(folder: Path, dtype: torch.dtype) -> None:
+def test_logits_are_the_same_but_for_rounding(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     assert can_prepack(dtype, CPU), "of the pinned torch"
-    plain, packed = (load(folder, dtype, CPU, prepacked=packed) for packed in (False, True))
+    tiny_model(kind).to(dtype).save_pretrained(tmp_path)
+    plain, packed = (load(tmp_path, dtype, CPU, prepacked=packed) for packed in (False, True))
     assert not any(isinstance(layer, PrepackedLinear) for layer in plain.modules())
     assert isinstance(packed.lm_head, PrepackedLinear)
     linear = [layer for layer in packed.modules() if isinstance(layer, torch.nn.Linear)]
@@ -46,11 +48,12 @@ def test_logits_are_the_same_but_for_rounding(folder: Path, dtype: torch.dtype) 
 
 
 @needs_onednn
-def test_greedy_answers_are_the_same(folder: Path) -> None:
+def test_greedy_answers_are_the_same(kind: str, tmp_path: Path) -> None:
+    tiny_model(kind).save_pretrained(tmp_path)
     answers = []
     for packed in (False, True):
         decoder = Decoder(
-            load(folder, torch.float32, CPU, prepacked=packed), [2], Sampling(12), str
+            load(tmp_path, torch.float32, CPU, prepacked=packed), [2], Sampling(12), str
         )
         answers.append(decoder.answer([Request(prompt) for prompt in PROMPTS], 300))
     assert answers[0] == answers[1]
@@ -70,18 +73,20 @@ def resident(weight: torch.Tensor) -> int:
 
 
 @needs_onednn
-@pytest.mark.parametrize("mapped", [True, False])
-def test_what_a_file_has_is_let_go_and_nothing_else(mapped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["in a file", "changed since", "in memory"])
+def test_what_a_file_has_is_let_go_and_nothing_else(where: str, tmp_path: Path) -> None:
     layer = torch.nn.Linear(1024, 1024, bias=False).requires_grad_(False)
     before = layer.weight.clone()
-    if mapped:
+    if where != "in memory":
         before.numpy().tofile(tmp_path / "weight")
         stored = torch.from_file(str(tmp_path / "weight"), shared=False, size=before.numel())
         layer.weight = torch.nn.Parameter(stored.view(1024, 1024), requires_grad=False)
-        assert layer.weight.sum() == before.sum()
+    if where == "changed since":
+        layer.weight[7] = before[7] = 0.5
+    assert layer.weight.sum() == before.sum()
     assert resident(layer.weight) >= before.nbytes
     prepack(layer)
-    assert (resident(layer.weight) < before.nbytes / 4) == mapped
+    assert (resident(layer.weight) < before.nbytes / 4) == (where == "in a file")
     assert torch.equal(layer.weight, before)
 
 

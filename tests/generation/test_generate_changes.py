@@ -15,6 +15,7 @@ from dist_sft import generate, parts, progress, runs
 from dist_sft.config import read_recipe
 from dist_sft.console import Console
 from dist_sft.errors import UserError
+from dist_sft.prepack import PrepackedLinear
 
 # ---- what has changed ----------------------------------------------------------------------------
 
@@ -163,6 +164,27 @@ def test_rows_that_could_not_be_answered_are_tried_again(
     new, old = rows_in(output_of(tmp_path / "run").read_bytes()), rows_in(greedy)
     assert new[9]["finish_reason"] == old[9]["finish_reason"]
     assert new[:9] + new[10:] == old[:9] + old[10:]
+
+
+def test_weights_that_lie_otherwise_may_change_last_bits_and_no_more(
+    recipe: dict[str, Any], greedy: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is not continued unnoticed; with --reuse-unchanged, it keeps all answers."""
+    finished_run(recipe, tmp_path, monkeypatch)
+    loaded: list[torch.nn.Module] = []
+    load = generate.load
+    monkeypatch.setattr(
+        generate, "load", lambda *args, **how: loaded.append(load(*args, **how)) or loaded[-1]
+    )
+    sections = {"input": [{"path": str(tmp_path / "prompts.jsonl")}]}
+    plain = write(recipe, tmp_path / "run", generate={"prepack_weights": False}, **sections)
+    assert launch(plain) == runs.WRONG_INPUT
+    monkeypatch.setattr(
+        generate.HuggingFace, "answer", lambda self, requests: [1 / 0 for _ in requests]
+    )
+    assert work(plain, monkeypatch, "--reuse-unchanged").code == runs.FINISHED
+    assert rows_in(output_of(tmp_path / "run").read_bytes()) == rows_in(greedy)
+    assert not any(isinstance(layer, PrepackedLinear) for layer in loaded[-1].modules())
 
 
 def test_the_wish_to_reuse_counts_once(
