@@ -146,9 +146,10 @@ def started(
         yield child, watchdog, Told(hearts)
 
 
-def session_folder() -> str:
+def session_folder() -> str | None:
     """Return Ray's own folder on this node: what a killed worker leaves there goes with Ray."""
-    return str(ray._private.worker._global_node.get_session_dir_path())
+    here = ray._private.worker._global_node
+    return str(here.get_session_dir_path()) if here else None
 
 
 def log_of(run_dir: Path, attempt: int, rank: int) -> Path:
