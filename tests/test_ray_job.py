@@ -615,7 +615,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     clock = itertools.count()
     monkeypatch.setattr(ray_driver.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(ray_cluster, "has_place", lambda: found.pop(0))
+    monkeypatch.setattr(ray_cluster, "free_room", lambda _: int(found.pop(0)))
     monkeypatch.setattr(ray_cluster, "too_busy", lambda *_: UserError("too busy"))
     return found
 
