@@ -35,7 +35,8 @@ def test_killed_workers_cost_their_parts_alone(ray: Cluster, tmp_path: Path) -> 
     assert other in first.ranks("generate"), "it was not disturbed"
     assert killed not in first.ranks("generate")
     (line,) = [line for line in status.status(run_dir) if "launched by" in line]
-    assert "launched by ray" in line
+    assert line.endswith("launched by ray, workers: 2 (wanted: 1 to 3)")
+    assert len(first.hosts(0)) == 2
     (run_dir / "STOP").touch()
     out = first.driver.finish(runs.STOPPED)
     assert "ended by SIGKILL" in out
