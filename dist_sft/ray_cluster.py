@@ -42,7 +42,8 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
 
     Only who has the token can use it, and its dashboard is reached from this machine only.
     """
-    # Not where TMPDIR says: names of sockets must be short.
+    # Not where TMPDIR says: names of sockets must be short. What is Ray's own, Ray opens to all
+    # users; so it is in a folder that others cannot enter.
     folder = Path(tempfile.mkdtemp(prefix="dist_sft-ray-", dir="/tmp"))
     token = folder / "token"
     token.touch(mode=0o600)
@@ -61,7 +62,7 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             dashboard_host="127.0.0.1",
             include_dashboard=True,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "ray"),
         )
         print(f"Ray runs on this machine; its dashboard: http://{context.dashboard_url}")
         yield

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -242,6 +243,32 @@ def test_what_there_is_is_told() -> None:
     assert told.startswith(
         "--workers: got 3, each with CPU 1; the cluster has room for 2 (a: CPU 2; b: GPU 1)."
     )
+
+
+def test_a_cluster_for_one_run_is_closed_to_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray opens its own folder to all users: neither that nor the token is within their reach."""
+    told: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        told.update(options, token=Path(os.environ["RAY_AUTH_TOKEN_PATH"]))
+        Path(options["_temp_dir"]).mkdir()
+        Path(options["_temp_dir"]).chmod(0o777)
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
+
+    monkeypatch.setattr(
+        ray_cluster, "_ray", lambda: contextlib.nullcontext(SimpleNamespace(init=init))
+    )
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with ray_cluster.started(2, {"CPU": 1.0}):
+        folder = told["token"].parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(told["token"].stat().st_mode) == 0o600
+        assert Path(told["_temp_dir"]).parent == folder
+        assert len(told["token"].read_text()) == 64
+    assert not folder.exists()
+    assert told["dashboard_host"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])

@@ -4,6 +4,7 @@ import json
 import random
 import secrets
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def test_a_ctrl_c_without_a_cluster(whole: Path, recipe: Path) -> None:
     run.wait_for_step(EVERY + 10)
     started = psutil.Process(run.driver.process.pid).children(recursive=True)
     assert len(started) > 5
+    token = Path(run.ranks()[0].environ()["RAY_AUTH_TOKEN_PATH"])
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (token, token.parent)] == [0o600, 0o700]
+    assert (token.parent / "ray/session_latest").exists(), "Ray's own folder, open to all, is in it"
     run.driver.signal(signal.SIGINT)
     run.driver.finish(runs.STOPPED)
     step = stopped(run, 0, "signal SIGINT")
@@ -85,6 +89,7 @@ def test_a_ctrl_c_without_a_cluster(whole: Path, recipe: Path) -> None:
     _, alive = psutil.wait_procs(started, timeout=15)
     assert not alive
     assert not run.ranks()
+    assert not token.parent.exists()
 
     run = launch(None, recipe)
     run.driver.finish()
