@@ -20,6 +20,8 @@ from pathlib import Path
 from dist_sft import launching, lease, node, preflight, ray_driver, ray_submit, runs
 from dist_sft.config import AnyRecipe, read_config_json
 from dist_sft.errors import UserError
+from dist_sft.recipe_yaml import read_tree
+from dist_sft.zero import shipped
 
 DEFAULT_RESTARTS = 3
 WAIT_SECONDS = 45
@@ -123,8 +125,8 @@ def add_submission(to: argparse.ArgumentParser, runs_something: bool = True) -> 
 def launch(options: argparse.Namespace) -> int:
     """Run a recipe, or submit it."""
     size, per_worker = size_of(options), resources_of(options)
-    recipe = launching.read(options)
     http = ray_submit.is_http(options.address)
+    recipe = launching.read(options, here=not http)
     if options.prepare and http:
         raise UserError(
             "--prepare: it writes the run folder from here; where the cluster sees it, too, leave "
@@ -141,7 +143,7 @@ def launch(options: argparse.Namespace) -> int:
     if http:
         return ray_submit.submit(
             options.address,
-            submitted(options),
+            submitted(options, recipe),
             ray_submit.on_cluster(recipe.run_dir, options.folder),
             ray_submit.read_runtime_env(options.runtime_env),
             Path(options.recipe),
@@ -164,9 +166,12 @@ def launch(options: argparse.Namespace) -> int:
     return ray_driver.run(run_dir, how, seen)
 
 
-def submitted(options: argparse.Namespace) -> str:
+def submitted(options: argparse.Namespace, recipe: AnyRecipe) -> str:
     """Return the line that a job runs on the cluster: this launch, from within."""
     words = ["dist_sft.ray_job", options.job, ray_submit.RECIPE, *options.overrides]
+    sharding = read_tree(options.recipe, options.overrides).get("deepspeed")
+    if isinstance(sharding, str) and sharding not in shipped():  # a file of this machine
+        words.append("deepspeed=" + json.dumps(json.loads(recipe.to_json())["deepspeed"]))
     for name in ("workers", "min_workers", "max_workers", "restarts", "wait", "resize_every"):
         if getattr(options, name) is not None:
             words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
@@ -282,7 +287,11 @@ def dry_run(
     attempt = max(runs.attempts(run_dir), default=-1) + 1
     asked = {
         "address": options.address,
-        **({"entrypoint": submitted(options)} if ray_submit.is_http(options.address) else {}),
+        **(
+            {"entrypoint": submitted(options, recipe)}
+            if ray_submit.is_http(options.address)
+            else {}
+        ),
         "num_workers": size[0] if size[0] == size[1] else list(size),
         "resources_per_worker": per_worker,
         "restarts": options.restarts,

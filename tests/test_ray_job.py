@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import stat
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,12 +18,14 @@ from typing import Any
 
 import pytest
 import yaml
+from launching import ROOT, read
 
 pytest.importorskip("ray")
 
 from ray.exceptions import RayActorError
 
 from dist_sft import lease, node, ray_cluster, ray_controller, ray_job, ray_submit, ray_worker, runs
+from dist_sft.config import Recipe, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.ray_controller import GaveUp, Run
 from dist_sft.ray_node import ray_command
@@ -139,6 +144,25 @@ def test_a_job_runs_the_same_launch_on_the_cluster(
     assert "--folder: the job's folder must be there" in done.stdout
 
 
+def test_what_a_recipe_says_is_of_the_cluster(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder of the same name here means nothing; a sharding file here goes with the job."""
+    (here / "runs/my run").mkdir(parents=True)
+    (here / "runs/my run/file").touch()
+    assert "my run" in refused(capsys, "--dry-run")
+    (here / "my zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    words = ("--address=http://head:8265", "--folder=/on/cluster")
+    line = asked(capsys, *words, "deepspeed=my zero.json")["entrypoint"]
+    (told,) = [word for word in shlex.split(line) if word.startswith("deepspeed={")]
+    (here / "my zero.json").unlink()
+    resolved = read_recipe("recipe.yaml", ["deepspeed=my zero.json", told])
+    assert isinstance(resolved, Recipe)
+    assert resolved.deepspeed is not None
+    assert resolved.deepspeed.zero_optimization.stage == 3
+    assert "deepspeed={" not in asked(capsys, *words, "deepspeed=zero2")["entrypoint"]
+
+
 def run_line(line: str, python: Path) -> subprocess.CompletedProcess[str]:
     environment = {"DIST_SFT_PYTHON": str(python), "PATH": os.environ["PATH"]}
     return subprocess.run(["sh", "-c", line], text=True, capture_output=True, env=environment)
@@ -196,11 +220,15 @@ def test_a_job_goes_on_without_its_client(
     assert "launch/ray_job.py cancel /run --address http://h:1" in told
 
 
-def test_a_client_needs_no_torch() -> None:
-    """Nor what comes with it."""
+def test_a_client_needs_no_more_than_is_documented() -> None:
+    """Ray brings what Ray needs; of what dist_sft needs, only what docs/ray.md names is there."""
+    documented = re.search(r"beside it `'ray\[default\]' (.*?)`", read(ROOT / "docs/ray.md"))
+    assert documented
+    needed = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["dependencies"]
+    names = {re.split(r"[>=<\[]", one)[0] for one in needed} - set(documented[1].split())
+    assert "torch" in names
     program = (
-        "import sys; sys.modules.update(dict.fromkeys("
-        "['torch', 'transformers', 'datasets', 'accelerate', 'deepspeed', 'tokenizers'])); "
+        f"import sys; sys.modules.update(dict.fromkeys({sorted(names)})); "
         "from dist_sft.ray_job import main; sys.exit(main())"
     )
     words = ("train", "recipe.yaml", "--address=http://127.0.0.1:1")
