@@ -82,7 +82,9 @@ def joined(address: str) -> Iterator[None]:
             context = ray.init(address=address)
         except Exception as error:
             raise unreachable(address, error) from None
-        warn(f"http://{context.dashboard_url}" if context.dashboard_url else None)
+        dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
+        # Ray sets it, too, where it has found a token.
+        warn(dashboard, shown_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token")
         yield
 
 
@@ -109,9 +111,13 @@ def _ray() -> Iterator[Any]:
         ray.shutdown()
 
 
-def warn(dashboard: str | None) -> None:
-    """Say what is unsafe about a cluster, asking its dashboard, and how to make it safe."""
-    if dashboard is None or is_guarded(dashboard):
+def warn(dashboard: str | None, *, shown_token: bool = True) -> None:
+    """Say what is unsafe about a cluster, and how to make it safe.
+
+    One that was joined without having `shown_token` is open. Others are asked by their dashboard,
+    which often is reached from its own machine only.
+    """
+    if shown_token and (dashboard is None or is_guarded(dashboard)):
         return
     host = urlsplit(dashboard).hostname
     public = f" Its dashboard listens on {host}." if host not in (None, *LOOPBACK) else ""

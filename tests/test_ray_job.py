@@ -328,6 +328,26 @@ def test_an_open_cluster_is_warned_of(
     assert ("RAY_AUTH_MODE=token" in told) == (mode == "disabled")
 
 
+@pytest.mark.parametrize("mode", ["token", "disabled", None])
+@pytest.mark.parametrize("dashboard", ["127.0.0.1:1", ""])
+def test_a_cluster_that_lets_anybody_in_is_open(
+    mode: str | None,
+    dashboard: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its dashboard answers on the head alone, or there is none."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    context = SimpleNamespace(dashboard_url=dashboard)
+    ray = SimpleNamespace(init=lambda **_: context)
+    monkeypatch.setattr(ray_cluster, "_ray", lambda: contextlib.nullcontext(ray))
+    with ray_cluster.joined("auto"):
+        told = capsys.readouterr().err
+    assert ("no token authentication" in told) == (mode != "token")
+
+
 def test_a_dashboard_for_all_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
