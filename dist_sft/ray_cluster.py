@@ -146,6 +146,16 @@ def nodes(ray: Any) -> list[tuple[str, Resources]]:
     ]
 
 
+def threads_for(setting: int | str, per_worker: Resources) -> int:
+    """Resolve `threads_per_worker`: auto is 1 on CPU, what Ray reserves for a worker beside a GPU.
+
+    Not a share of the cores: Ray may place other numbers on other nodes, and others beside them.
+    """
+    if isinstance(setting, int):
+        return setting
+    return max(1, int(per_worker.get("CPU", 0))) if per_worker.get("GPU") else 1
+
+
 def has_gpus() -> bool:
     """Tell whether the cluster has a GPU."""
     import ray

@@ -246,11 +246,10 @@ def look(work: Work, attempt: int) -> roll_call.Node:
         return roll_call.Node(rank, host, {}, [f"{folder} is not there: run_dir must be {SHARED}"])
     recipe, workers = read_config_json(run_dir), here.get_local_world_size()
     gpus = node.count_gpus() if work.gpus else 0
-    threads = node.threads_for(recipe.threads_per_worker, workers, gpus)
     problems = [*machine_mistakes(recipe, workers, gpus), *roll_call.too_full(run_dir, recipe)]
     if not Path(work.folder).is_dir():
         problems.append(f"{work.folder}, where the run was launched, is not there")
-    found = roll_call.Node(rank, host, roll_call.facts(recipe, threads), problems)
+    found = roll_call.Node(rank, host, roll_call.facts(recipe, work.threads), problems)
     if here.get_local_rank() == 0:
         roll_call.write(folder, found)
     return found

@@ -155,7 +155,8 @@ def trainer(
     low, high = options["workers"]
     per_worker = options["resources_per_worker"]
     gpus = bool(per_worker.get("GPU"))
-    work = ray_worker.Work(str(run_dir), options["folder"], gpus)
+    threads = ray_cluster.threads_for(read_config_json(run_dir).threads_per_worker, per_worker)
+    work = ray_worker.Work(str(run_dir), options["folder"], gpus, threads)
     # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
     (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return TorchTrainer(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dist_sft import launching, lease, node, preflight, ray_driver, ray_submit, runs
+from dist_sft import launching, lease, node, preflight, ray_cluster, ray_driver, ray_submit, runs
 from dist_sft.config import AnyRecipe, read_config_json
 from dist_sft.errors import UserError
 from dist_sft.recipe_yaml import read_tree
@@ -296,8 +296,8 @@ def dry_run(
         "resources_per_worker": per_worker,
         "restarts": options.restarts,
     }
-    gpus = int(per_worker.get("GPU", 0)) * size[1]
-    threads = node.threads_for(recipe.threads_per_worker, size[1], gpus)
+    gpus = int(per_worker.get("GPU", 0))
+    threads = ray_cluster.threads_for(recipe.threads_per_worker, per_worker)
     variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
     command = [*variables, *node.rank_command(run_dir, recipe.job, attempt)]
     return (

@@ -58,6 +58,8 @@ class Work:
     folder: str
     """The launcher's working folder, which paths of the recipe may be relative to."""
     gpus: bool
+    threads: int = 1
+    """Of a rank's computation."""
 
 
 class Told:
@@ -92,7 +94,6 @@ def run_rank(config: dict[str, Any]) -> None:
     attempt, rank = int(os.environ[ATTEMPT]), here.get_world_rank()
     recipe = read_config_json(run_dir)
     gpus = node.count_gpus() if work.gpus else 0
-    threads = node.threads_for(recipe.threads_per_worker, here.get_local_world_size(), gpus)
     place = {
         "RANK": rank,
         "LOCAL_RANK": here.get_local_rank(),
@@ -101,7 +102,7 @@ def run_rank(config: dict[str, Any]) -> None:
         "GROUP_RANK": here.get_node_rank(),
         "GROUP_WORLD_SIZE": os.environ[NODES],
     }
-    with started(work, recipe, attempt, place, threads, gpus) as (child, watchdog, told):
+    with started(work, recipe, attempt, place, work.threads, gpus) as (child, watchdog, told):
         ended, lost = threading.Event(), threading.Event()
         link = threading.Thread(
             target=talk, args=(run_dir, attempt, rank, told, ended, lost), daemon=True, name="talk"

@@ -66,7 +66,7 @@ class Job(Section):
     """Seed of whatever is random."""
     threads_per_worker: Literal["auto"] | Positive = "auto"
     """CPU threads per worker; auto is 1 on CPU (threads change the last bits) and a fair share
-    of the cores on GPU."""
+    of the cores on GPU; there on Ray the CPUs of --resources-per-worker."""
     deterministic: bool = False
     """On GPU: bit-identical repeats, slower. On CPU runs are bit-identical anyway."""
 

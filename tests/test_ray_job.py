@@ -24,7 +24,17 @@ pytest.importorskip("ray")
 
 from ray.exceptions import RayActorError
 
-from dist_sft import lease, node, ray_cluster, ray_controller, ray_job, ray_submit, ray_worker, runs
+from dist_sft import (
+    lease,
+    node,
+    ray_cluster,
+    ray_controller,
+    ray_job,
+    ray_submit,
+    ray_worker,
+    roll_call,
+    runs,
+)
 from dist_sft.config import Recipe, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.ray_controller import GaveUp, Run
@@ -263,6 +273,44 @@ def test_room_is_counted_by_nodes(per_worker: dict[str, float], room: int) -> No
     if "GPU" in per_worker:
         nodes[0]["GPU"] = 2.0
     assert ray_cluster.room(per_worker, nodes) == room
+
+
+@pytest.mark.parametrize(
+    ("setting", "per_worker", "threads"),
+    [
+        ("auto", {"CPU": 8.0}, 1),
+        ("auto", {"CPU": 8.0, "GPU": 1.0}, 8),
+        ("auto", {"CPU": 0.5, "GPU": 1.0}, 1),
+        (3, {"CPU": 8.0, "GPU": 1.0}, 3),
+    ],
+)
+def test_threads_are_what_ray_reserves(
+    setting: int | str, per_worker: dict[str, float], threads: int
+) -> None:
+    assert ray_cluster.threads_for(setting, per_worker) == threads
+
+
+def test_nodes_may_have_different_numbers_of_workers(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray places them: 2 GPUs of one node, 1 of another one."""
+    assert ray_job.main(["train", "recipe.yaml", "--prepare"]) == 0
+    (run_dir / "config.json").write_text(Path("runs/my run/config.json").read_text())
+    monkeypatch.setattr(node, "count_gpus", lambda: 2)
+    work = ray_worker.Work(str(run_dir), str(run_dir), gpus=True, threads=4)
+    found = []
+    for rank, workers in ((0, 2), (1, 1)):
+        context = SimpleNamespace(
+            get_node_rank=lambda rank=rank: rank,
+            get_local_world_size=lambda workers=workers: workers,
+            get_local_rank=lambda: 0,
+        )
+        monkeypatch.setattr(
+            ray_controller.ray.train, "get_context", lambda context=context: context
+        )
+        found.append(ray_controller.look(work, 0))
+    assert roll_call.compare(found)[0] == []
+    assert found[0].alike["threads per worker"] == "4"
 
 
 def test_what_there_is_is_told() -> None:
