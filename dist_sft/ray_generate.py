@@ -257,17 +257,10 @@ def introduce(
     problems = [*machine_mistakes(recipe, 1, gpus), *roll_call.too_full(run_dir, recipe)]
     if problems:
         raise UserError("\n".join(problems))
-    threads = threads_for(recipe.threads_per_worker, reserved, gpus)
+    threads = ray_cluster.threads_for(recipe.threads_per_worker, reserved)
     facts = roll_call.facts(recipe, threads)
     roll_call.write(logs, roll_call.Node(rank, socket.gethostname(), facts))
     return recipe, threads
-
-
-def threads_for(setting: int | str, reserved: ray_cluster.Resources, gpus: int) -> int:
-    """Resolve `threads_per_worker`: auto is 1 on CPU, beside a GPU the cores that Ray reserves."""
-    if isinstance(setting, int):
-        return setting
-    return max(1, int(reserved.get("CPU", 0))) if gpus else 1
 
 
 @contextlib.contextmanager

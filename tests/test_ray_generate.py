@@ -247,14 +247,6 @@ def test_a_worker_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("setting", "cpus", "gpus", "threads"),
-    [("auto", 8.0, 1, 8), ("auto", 0.5, 1, 1), ("auto", 8.0, 0, 1), (2, 8.0, 1, 2)],
-)
-def test_threads_of_a_worker(setting: int | str, cpus: float, gpus: int, threads: int) -> None:
-    assert ray_generate.threads_for(setting, {"CPU": cpus}, gpus) == threads
-
-
 def test_a_node_that_cannot_do_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named, and is no crash that is tried again."""
     run, host = a_run(tmp_path), socket.gethostname()
