@@ -64,7 +64,10 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
             include_dashboard=True,
             _temp_dir=str(folder / "ray"),
         )
-        print(f"Ray runs on this machine; its dashboard: http://{context.dashboard_url}")
+        dashboard = f"http://{context.dashboard_url}"
+        print(
+            f"Ray runs on this machine; its dashboard, {dashboard}, asks for the token in {token}"
+        )
         yield
 
 
@@ -99,8 +102,7 @@ def unreachable(address: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _ray() -> Iterator[Any]:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(ENVIRONMENT)
     try:
         import ray
     except ModuleNotFoundError:
@@ -119,7 +121,7 @@ def warn(dashboard: str | None, *, shown_token: bool = True) -> None:
     """
     if shown_token and (dashboard is None or is_guarded(dashboard)):
         return
-    host = urlsplit(dashboard).hostname
+    host = urlsplit(dashboard or "").hostname
     public = f" Its dashboard listens on {host}." if host not in (None, *LOOPBACK) else ""
     print(
         "warning: this cluster has no token authentication: whoever reaches its ports can run "

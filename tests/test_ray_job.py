@@ -83,10 +83,64 @@ def test_the_size_and_the_resources(capsys: pytest.CaptureFixture[str]) -> None:
         "address": None,
         "num_workers": 4,
         "resources_per_worker": {"CPU": 2.0, "GPU": 1.0},
+        "resize_every": 60,
         "restarts": 3,
+        "wait": 45,
     }
     told = asked(capsys, "--min-workers=2", "--max-workers=8")
     assert told["num_workers"] == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("address", "gpus", "resources"),
+    [
+        (None, 0, {"CPU": 1.0}),
+        (None, 2, {"CPU": 1.0, "GPU": 1.0}),
+        ("auto", 2, {"CPU": 1.0, "GPU": "1 where the cluster has any"}),
+        ("http://h:1", 2, {"CPU": 1.0, "GPU": "1 where the cluster has any"}),
+    ],
+)
+def test_a_dry_run_says_what_it_knows(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    gpus: int,
+    resources: dict[str, Any],
+) -> None:
+    """Whether a cluster elsewhere has GPUs, and its Python, it does not."""
+    monkeypatch.setattr(node, "count_gpus", lambda: gpus)
+    words = [f"--address={address}"] if address else []
+    assert ray_job.main(["train", "recipe.yaml", "--dry-run", "--workers=2", *words]) == 0
+    text = capsys.readouterr().out
+    command = text.partition("# command of each worker's rank\n")[2]
+    assert ("dist_sft.train" in command) == (address != "http://h:1")
+    if address is None:
+        assert ("MALLOC_" in command) == (gpus == 0)
+    asked = json.loads(text.partition("# Ray\n")[2].partition("# command")[0])
+    assert asked["resources_per_worker"] == resources
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("cancel", "gone"), "gone is not there; a run that is on a cluster elsewhere needs"),
+        (("resume", "gone"), "--address http://HOST:PORT, of the cluster's dashboard"),
+        (("cancel", ".", "--address=auto"), "--address: got auto; allowed: http://HOST:PORT"),
+        (("cancel", ".", "--address=h:1"), "none on a machine that sees it"),
+    ],
+)
+def test_which_run_is_meant(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+) -> None:
+    assert ray_job.main(words) == runs.WRONG_INPUT
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_built_on_is_not_the_shells_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would hide one rank's error behind another's."""
+    monkeypatch.setattr(os, "environ", os.environ | {"RAY_DEDUP_LOGS": "1"})
+    with ray_cluster._ray():
+        assert os.environ["RAY_DEDUP_LOGS"] == "0"
 
 
 @pytest.mark.parametrize(
@@ -345,6 +399,8 @@ def test_a_cluster_for_one_run_is_closed_to_others(
         assert len(told["token"].read_text()) == 64
     assert not folder.exists()
     assert told["dashboard_host"] == "127.0.0.1"
+    out = capsys.readouterr().out
+    assert f"http://127.0.0.1:8265, asks for the token in {told['token']}" in out
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])
