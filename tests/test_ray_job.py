@@ -469,6 +469,20 @@ def test_the_head_of_a_slurm_job() -> None:
     assert "--address=n1:20007" in ray_command(1, 4, "10.0.0.2", "n1", 20007, Path("/tmp/x"))
 
 
+def test_a_rank_that_is_started_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same Ray worker: what the first one said stays, and no file stays open."""
+    program = ["sh", "-c", "echo $RANK has words >&2"]
+    monkeypatch.setattr(node, "rank_command", lambda *_: program)
+    work, recipe = ray_worker.Work(str(run_dir), "/", False), read_recipe("recipe.yaml")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(2):
+        with ray_worker.started(work, recipe, 0, {"RANK": 1}, 1, 0) as (child, _, told):
+            child.wait()
+        told.tell("too late")
+    assert os.listdir("/proc/self/fd") == before
+    assert read(ray_worker.log_of(run_dir, 0, 1)) == "1 has words\n" * 2
+
+
 def judge(run_dir: Path, code: int, asked: str | None, rank: int = 0) -> None:
     (run_dir / f"logs/attempt-0/worker-{rank}.log").write_text("ImportError: nothing")
     ray_worker.judge(run_dir, 0, rank, code, asked)
