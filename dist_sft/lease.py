@@ -132,6 +132,26 @@ def _write(run_dir: Path, lease: Lease) -> None:
 
 
 @contextlib.contextmanager
+def announce(run_dir: Path, seen: Lease | None) -> Iterator[Lease]:
+    """Let others see within a block who is about to claim an attempt, or to let another process.
+
+    The block gets the lease that is `seen` then. Raises UserError where somebody was faster.
+    """
+    now = read(run_dir)
+    if now not in (None, seen):
+        raise _in_use(run_dir, now)
+    mine = Lease(Owner.me(), max(attempts(run_dir), default=-1) + 1, 0)
+    with contextlib.suppress(OSError):  # who claims says so
+        _write(run_dir, mine)
+    try:
+        yield mine
+    finally:
+        with contextlib.suppress(OSError, UserError):
+            if read(run_dir) == mine:
+                (run_dir / NAME).unlink()
+
+
+@contextlib.contextmanager
 def hold(run_dir: Path, attempt: int) -> Iterator[threading.Event]:
     """Own the run within a block: renew the lease until the block ends, then remove it.
 

@@ -60,12 +60,17 @@ def kill(pids: Iterable[int]) -> None:
         time.sleep(0.05)
 
 
+PARENT = "DIST_SFT_PARENT"
+"""Name of the variable by which a process tells its child its number."""
+
+
 def die_with_parent() -> None:
     """Let the kernel kill this process as soon as the one that started it has ended.
 
-    A killed launcher must not leave workers behind that hold GPUs until they notice.
+    A killed launcher must not leave workers behind that hold GPUs until they notice. A parent that
+    named itself may have ended since: a rank imports for seconds before it comes here.
     """
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT) or os.getppid())
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     if os.getppid() != parent:  # it was faster

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,11 +21,13 @@ from urllib.request import urlopen
 from dist_sft.errors import UserError
 
 CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 0.5
 OBJECT_STORE_BYTES = 2**27  # no data goes through it; Ray would take 30 % of the memory
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DEDUP_LOGS": "0",  # or one rank's error would hide another's
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # or what still asks after a stop would start another Ray
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # runs on the dashboard
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns of
@@ -107,6 +109,7 @@ def _ray() -> Iterator[Any]:
         import ray
     except ModuleNotFoundError:
         raise UserError("Ray is not installed here: pip install 'dist-sft[ray]'") from None
+    ray._private.utils.set_sigterm_handler = lambda _: None  # or TERM would end this process
     try:
         yield ray
     finally:
@@ -173,36 +176,62 @@ def room(per_worker: Resources, found: Sequence[Resources]) -> int:
     return sum(int(min(has.get(key, 0) // count for key, count in wanted.items())) for has in found)
 
 
-def wait_for_room(workers: int, per_worker: Resources, seconds: float) -> None:
-    """Return when the cluster has so many workers' resources; raise UserError where it has not.
+def wait_for_room(
+    workers: int, per_worker: Resources, seconds: float, stops: Callable[[], bool]
+) -> bool:
+    """Tell whether the cluster has so many workers' resources before somebody `stops` the wait.
 
-    What other jobs use counts: Ray queues.
+    Raises UserError where it has not got them in time. What other jobs use counts: Ray queues.
     """
     import ray
+    from ray.util import placement_group, remove_placement_group
 
+    def is_large_enough() -> bool:
+        return room(per_worker, [resources for _, resources in nodes(ray)]) >= workers
+
+    if is_large_enough():
+        return not stops()
+    bundle = {key: count for key, count in per_worker.items() if count}
+    wish = placement_group([bundle] * workers)  # for a cluster that can grow
     deadline = time.monotonic() + seconds
-    while room(per_worker, [resources for _, resources in nodes(ray)]) < workers:
-        if time.monotonic() > deadline:
-            raise too_small(workers, per_worker, nodes(ray))
-        time.sleep(1)
+    try:
+        while not is_large_enough():
+            if stops():
+                return False
+            if time.monotonic() > deadline:
+                raise too_small(workers, per_worker, nodes(ray))
+            time.sleep(LOOK_SECONDS)
+    finally:
+        remove_placement_group(wish)
+    return not stops()
 
 
-def waits_for_room(low: int, high: int, per_worker: Resources) -> bool:
-    """Tell whether Ray has not found room for workers that it was asked to start.
-
-    A number that may vary is looked for before there is a placement group.
-    """
+def own_groups() -> list[dict[str, Any]]:
+    """Return the placement groups of this job, whose number is the last part of theirs."""
     import ray
     from ray.util import placement_group_table
 
-    if low < high:
-        free = ray.available_resources()
-        return any(free.get(key, 0) < low * count for key, count in per_worker.items())
-    job = ray.get_runtime_context().get_job_id()  # the last part of what its groups are called
-    return any(
-        group["state"] == "PENDING" and name.endswith(job)
-        for name, group in placement_group_table().items()
-    )
+    job = ray.get_runtime_context().get_job_id()
+    return [group for number, group in placement_group_table().items() if number.endswith(job)]
+
+
+def has_place() -> bool:
+    """Tell whether Ray has found room for the workers of this job that it was asked for."""
+    return any(group["state"] == "CREATED" for group in own_groups())
+
+
+def free_room(per_worker: Resources) -> int:
+    """Count the workers for which there is room, or which this job has."""
+    from ray._private.state import available_resources_per_node
+
+    left: dict[str, dict[str, float]] = available_resources_per_node()
+    for group in own_groups():
+        for number, bundle in group["bundles"].items():
+            has = left.get(group["bundles_to_node_id"][number])
+            if has is not None and group["state"] != "REMOVED":
+                for key, count in bundle.items():
+                    has[key] = has.get(key, 0) + count
+    return room(per_worker, list(left.values()))
 
 
 def too_busy(workers: int, per_worker: Resources) -> UserError:

@@ -6,6 +6,7 @@ workers and before it ends them, the callback when a worker fails.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -21,6 +22,8 @@ import ray.util
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from dist_sft import batch_job, lease, manifest, node, roll_call, runs
 from dist_sft.config import read_config_json
@@ -30,7 +33,8 @@ from dist_sft.ray_worker import ATTEMPT, GOES_ON, NODES, RESIZE, Moved, Work
 
 FILE = "ray.json"
 SEES_SECONDS = 20.0  # what a shared file system gets to show a new file
-SAVE_SECONDS = 600.0  # what ranks get to save before Ray ends them to start another number
+LOOK_SECONDS = 0.2
+LEAVE_SECONDS = 15.0  # what workers get to tidy up, before Ray kills them
 
 
 class GaveUp(RuntimeError):
@@ -97,6 +101,20 @@ class Run:
         if not (moves or self._goes_on):
             self.release()
 
+    def lose(self, error: BaseException) -> None:
+        """Count a start of workers that failed before their ranks began, as an attempt in vain.
+
+        Raises GaveUp where there were too many.
+        """
+        if self.attempt < 0 or runs.read_outcome(self.run_dir, self.attempt) is not None:
+            self.begin()  # workers died before the backend was told of them
+        reason = f"a worker was lost before its rank began: {one_line(error)}"
+        runs.write_outcome(self.run_dir, self.attempt, runs.Outcome(runs.FAILED, reason, -1))
+        try:
+            self.judge({})
+        finally:
+            self.end()
+
     def judge(self, worker_exceptions: Mapping[int, Exception]) -> None:
         """Write down why an attempt failed; raise GaveUp where another one would be in vain.
 
@@ -133,7 +151,14 @@ class Run:
 
 
 HERE: list[Run] = []
-"""The one run of this process, once its first workers are there."""
+"""The one run of this process, once its first workers were started."""
+
+
+def here(told: RunConfig) -> Run:
+    """Return the one run of this process."""
+    if not HERE:
+        HERE.append(Run(Path(told.work.run_dir), told.restarts, told.seen, told.job))
+    return HERE[0]
 
 
 class RunBackend(Backend):  # type: ignore[misc]
@@ -143,43 +168,46 @@ class RunBackend(Backend):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: RunConfig) -> None:
         """Claim an attempt, look whether the nodes fit together, tell ranks where to meet."""
-        work = backend_config.work
-        if not HERE:
-            told = backend_config
-            HERE.append(Run(Path(work.run_dir), told.restarts, told.seen, told.job))
-        run = HERE[0]
+        run = here(backend_config)
         before = runs.read_outcome(run.run_dir, run.attempt)
         if before is not None and before.code == runs.FINISHED:
             raise GaveUp("finished, while Ray was about to change the number of workers")
         attempt = run.begin()
         try:
-            prepare(worker_group, work, run.run_dir, attempt)
-        except Exception as error:
-            try:
-                if isinstance(error, RayActorError):  # Ray starts others without a word to us
-                    reason = f"a worker was lost before its rank began: {one_line(error)}"
-                    runs.write_outcome(run.run_dir, attempt, runs.Outcome(runs.FAILED, reason, -1))
-                    run.judge({})
-            finally:
-                run.end()
+            prepare(worker_group, backend_config.work, run.run_dir, attempt)
+        except RayActorError:
+            raise  # `Starts` counts it
+        except Exception:
+            run.end()
             raise
 
     def on_shutdown(self, worker_group: Any, backend_config: RunConfig) -> None:
-        """End the attempt. Where it still runs, Ray wants another number of workers: save first."""
+        """End the attempt. Where it still runs, Ray wants another number of workers: save first.
+
+        No limit but the watchdog's is set to that: a worker that is lost meanwhile is seen here.
+        """
         if not HERE or HERE[0].attempt < 0:
             return
-        run, deadline, asked = HERE[0], time.monotonic() + SAVE_SECONDS, False
+        run = HERE[0]
         run_dir, attempt = run.run_dir, run.attempt
-        while runs.read_outcome(run_dir, attempt) is None and time.monotonic() < deadline:
-            outcome = node.blame(run_dir, attempt)
-            if outcome is not None:
-                runs.write_outcome(run_dir, attempt, outcome)
-                break
-            if not asked:
+        try:
+            while (outcome := runs.read_outcome(run_dir, attempt)) is None:
                 ask_to_stop(run_dir, attempt, RESIZE)
-                asked = True
-            time.sleep(0.2)
-        run.end()
+                if have_ended(worker_group) and runs.read_outcome(run_dir, attempt) is None:
+                    run.judge({0: RuntimeError("the workers have ended without a word")})
+                time.sleep(LOOK_SECONDS)
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while outcome.code != runs.FAILED and not have_ended(worker_group):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(LOOK_SECONDS)
+        finally:
+            run.end()
+
+
+def have_ended(worker_group: Any) -> bool:
+    """Tell whether all workers have; Ray lets `Attempts` judge those that failed."""
+    return bool(worker_group.poll_status(timeout=1.0).finished)
 
 
 class Attempts(UserCallback):  # type: ignore[misc]
@@ -188,6 +216,20 @@ class Attempts(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise GaveUp, which ends the run, where it would be in vain."""
         HERE[0].judge(worker_exceptions)
+
+
+class Starts(ControllerCallback):  # type: ignore[misc]
+    """Count the starts of workers that fail: Ray repeats them for ever, and tells no backend."""
+
+    def __init__(self, told: RunConfig) -> None:
+        self._told = told
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Raise GaveUp, which ends the run, where another start would be in vain."""
+        error = getattr(current_state, "training_failed_error", None)
+        failure = getattr(error, "controller_failure", None)
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            here(self._told).lose(failure.__cause__ or failure)
 
 
 def prepare(worker_group: Any, work: Work, run_dir: Path, attempt: int) -> None:
@@ -232,7 +274,7 @@ def explain(run_dir: Path, attempt: int, errors: Mapping[int, Exception]) -> run
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return Ray's words without their layout."""
     return " ".join(str(error).split())
 
@@ -293,13 +335,22 @@ def tell(variables: dict[str, str]) -> None:
 
 def record(run_dir: Path, attempt: int, hosts: list[str]) -> None:
     """Write down which workers an attempt has, and that it has another number than the last one."""
-    launch = runs.read_launch(run_dir)
-    before = launch.options.get("placed")
+    launch, before = runs.read_launch(run_dir), hosts_before(run_dir, attempt)
     path = runs.attempt_dir(run_dir, attempt) / FILE
     job = ray.get_runtime_context().get_job_id()
     runs.write_atomically(path, json.dumps({"job": job, "hosts": hosts}) + "\n")
-    if before is not None and before != len(hosts):
-        runs.record_change(run_dir, attempt, {"workers": f"{before} -> {len(hosts)}"})
-    if before != len(hosts):
+    if before and len(before) != len(hosts):
+        runs.record_change(run_dir, attempt, {"workers": f"{len(before)} -> {len(hosts)}"})
+    if launch.options.get("placed") != len(hosts):
         options = launch.options | {"placed": len(hosts)}
         runs.write_launch(run_dir, replace(launch, options=options))
+
+
+def hosts_before(run_dir: Path, attempt: int) -> list[str]:
+    """Return the hosts of the workers of the last attempt that had any, in any launch on Ray."""
+    for earlier in range(attempt - 1, -1, -1):
+        with contextlib.suppress(FileNotFoundError):
+            text = (runs.attempt_dir(run_dir, earlier) / FILE).read_text(encoding="utf-8")
+            hosts: list[str] = json.loads(text)["hosts"]
+            return hosts
+    return []

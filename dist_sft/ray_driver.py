@@ -29,6 +29,8 @@ NO_PACKAGE = (
     "a node of the cluster cannot import dist_sft: Ray's workers run the Python of `ray start`. "
     "Install dist_sft there, on every node, in the same version"
 )
+LEAVE_SECONDS = 15.0  # what Ray gets to end, or to start the next attempt, after one that has ended
+NOBODY_RAN = runs.Outcome(runs.STOPPED, "stopped while no worker was running", -1)
 RELEASE_SECONDS = 10.0  # what Ray gets to end the controller
 
 
@@ -40,14 +42,20 @@ def run(run_dir: Path, launch: runs.Launch, seen: lease.Lease | None) -> int:
     if low < high:  # Ray takes a node that has just died for one that may be used
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
     with ExitStack() as stack:
+        relay = stack.enter_context(Relay())
+        seen = stack.enter_context(lease.announce(run_dir, seen))  # or nobody could stop it yet
         if options["address"] is None:
             stack.enter_context(ray_cluster.started(high, per_worker))
         else:
             stack.enter_context(ray_cluster.joined(options["address"]))
         if "GPU" not in per_worker and ray_cluster.has_gpus():
             per_worker["GPU"] = 1.0
-        ray_cluster.wait_for_room(low, per_worker, options["wait"])
-        relay = stack.enter_context(Relay())  # after Ray, which brings handlers of its own
+
+        def stops() -> bool:
+            return relay.received is not None or (run_dir / "STOP").exists()
+
+        if not ray_cluster.wait_for_room(low, per_worker, options["wait"], stops):
+            return told(NOBODY_RAN)
         if read_config_json(run_dir).job == "generate":
             return told(ray_generate.run(run_dir, launch, seen, job, relay))
         engine = Engine(partial(trainer, run_dir.absolute(), launch, seen, job))
@@ -82,29 +90,30 @@ def follow(
     Raises UserError where Ray finds no room to begin. Where it loses it on the way, the run waits
     for nodes to come back.
     """
-    (low, high), per_worker = launch.options["workers"], launch.options["resources_per_worker"]
-    ran_at = time.monotonic()
+    low, per_worker = launch.options["workers"][0], launch.options["resources_per_worker"]
+    ran_at = placed_at = time.monotonic()
     while engine.is_alive():
         engine.join(LOOK_SECONDS)
         if relay.leaves:
             reason = "left at once: nothing was saved, older checkpoints are whole"
             return runs.Outcome(runs.STOPPED, reason, -1)
-        newest = max(runs.attempts(run_dir), default=-1)
+        newest, now = max(runs.attempts(run_dir), default=-1), time.monotonic()
         works = newest > began and runs.read_outcome(run_dir, newest) is None
+        if works:
+            ran_at = now
         if works and relay.received is not None:
             ask_to_stop(run_dir, newest, f"signal {relay.received.name}")
         stops = relay.received is not None or (run_dir / "STOP").exists()
-        waits = not works and ray_cluster.waits_for_room(low, high, per_worker)
-        if stops and (waits or newest <= began):
-            return runs.Outcome(runs.STOPPED, "stopped while no worker was running", -1)
-        if not waits:
-            ran_at = time.monotonic()
-        elif time.monotonic() - ran_at > launch.options["wait"]:
+        if stops and not works and (newest <= began or now - ran_at > LEAVE_SECONDS):
+            return NOBODY_RAN
+        if works or ray_cluster.has_place():
+            placed_at = now
+        elif now - placed_at > launch.options["wait"]:
             lacking = ray_cluster.too_busy(low, per_worker)
             if newest <= began:
                 raise lacking
             print(f"waiting to go on: {lacking}", file=sys.stderr, flush=True)
-            ran_at = time.monotonic()
+            placed_at = now
     return None
 
 
@@ -147,9 +156,8 @@ def trainer(
 ) -> Any:
     """Return Ray's trainer for a run folder, which is its storage, too."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    from dist_sft import ray_controller, ray_worker
+    from dist_sft import ray_controller, ray_elastic, ray_worker
 
     options = launch.options
     low, high = options["workers"]
@@ -159,10 +167,11 @@ def trainer(
     work = ray_worker.Work(str(run_dir), options["folder"], gpus, threads)
     # Ray would look for the checkpoints of an earlier launch, which may be gone by now.
     (run_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    return TorchTrainer(
+    backend = ray_controller.RunConfig(work, options["restarts"], seen, job)
+    return ray_elastic.Trainer(
         ray_worker.run_rank,
         train_loop_config=asdict(work),
-        torch_config=ray_controller.RunConfig(work, options["restarts"], seen, job),
+        torch_config=backend,
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=gpus,
@@ -174,7 +183,7 @@ def trainer(
             storage_path=str(run_dir.parent),
             # How often is decided by the callback, which knows whether there was progress.
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[ray_controller.Attempts()],
+            callbacks=[ray_controller.Attempts(), ray_controller.Starts(backend)],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

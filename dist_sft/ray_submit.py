@@ -162,7 +162,14 @@ def cancel(address: str, run_dir: str) -> int:
             entrypoint=entrypoint(["dist_sft.cli", "stop", run_dir], "/"),
             runtime_env={k: v for k, v in environment.items() if not k.startswith("_")},
         )
-        follow(jobs, asking)
+        if (
+            follow(jobs, asking) != runs.FINISHED
+            and jobs.get_job_status(mine[0]).value not in ENDED
+        ):
+            raise UserError(
+                f"job {mine[0]} has not been asked to stop, as it may have yet to begin: cancel it "
+                f"again, or end it unsaved with `ray job stop {mine[0]} --address {address}`"
+            )
         deadline = time.monotonic() + STOP_SECONDS
         for job in mine:
             while jobs.get_job_status(job).value not in ENDED and time.monotonic() < deadline:

@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
@@ -35,6 +37,7 @@ ATTEMPT, NODES = "DIST_SFT_ATTEMPT", "DIST_SFT_NODES"
 """Names of variables by which the controller tells workers what Ray does not, as MASTER_ADDR."""
 TICK_SECONDS = 2.0  # between two words with rank 0's worker; Ray takes reports no faster
 WORDS_SECONDS = 60.0  # what workers give rank 0's to say its last word
+LOOK_SECONDS = 1.0
 TAIL_BYTES = 2**16
 LAST_LINES = 15
 DRAIN, RESIZE = "Ray: a node is drained", "Ray: another number of workers"
@@ -126,7 +129,8 @@ def started(
     """Run a rank's process within a block; `place` has the variables that say who it is."""
     run_dir, limits = Path(work.run_dir), recipe.watchdog
     with ExitStack() as stack:
-        hearts = Path(stack.enter_context(TemporaryDirectory(prefix="dist_sft-")))
+        folder = TemporaryDirectory(prefix="dist_sft-", dir=session_folder())
+        hearts = Path(stack.enter_context(folder))
         watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
         stack.callback(lambda: process.kill(watchdog.living()))
         errors = stack.enter_context(
@@ -138,7 +142,7 @@ def started(
             env=os.environ
             | node.rank_environment(threads, gpus)
             | {name: str(value) for name, value in place.items()}
-            | {FOLDER: str(hearts)}
+            | {FOLDER: str(hearts), process.PARENT: str(os.getpid())}
             | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
             stderr=errors,
             start_new_session=True,
@@ -146,6 +150,12 @@ def started(
         stack.callback(lambda: node.kill(child) if child.poll() is None else None)
         told = stack.enter_context(contextlib.closing(Told(hearts)))
         yield child, watchdog, told
+
+
+def session_folder() -> str | None:
+    """Return Ray's own folder on this node: what a killed worker leaves there goes with Ray."""
+    here = ray._private.worker._global_node
+    return str(here.get_session_dir_path()) if here else None
 
 
 def log_of(run_dir: Path, attempt: int, rank: int) -> Path:
@@ -167,6 +177,8 @@ def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) 
     """
     if code == 0 and asked not in GOES_ON:
         return
+    if code == 0 and rank != 0 and asked in GOES_ON:
+        await_outcome(run_dir, attempt)  # Ray ends rank 0 as soon as another worker has moved
     if code == 0 or (asked and code < 0):
         with contextlib.suppress(OSError):
             if rank == 0 and runs.read_outcome(run_dir, attempt) is None:
@@ -184,6 +196,15 @@ def judge(run_dir: Path, attempt: int, rank: int, code: int, asked: str | None) 
                 run_dir, attempt, rank, runs.Outcome(runs.FAILED, reason, -1), killed=code < 0
             )
     raise RankFailed(f"rank {rank}: {node.explain_exit(code)}")
+
+
+def await_outcome(run_dir: Path, attempt: int) -> None:
+    """Return when rank 0 has said how it went, or a rank has failed; it may export the model."""
+    deadline = time.monotonic() + node.OUTCOME_SECONDS
+    while runs.read_outcome(run_dir, attempt) is None and node.blame(run_dir, attempt) is None:
+        if time.monotonic() > deadline:
+            return
+        time.sleep(LOOK_SECONDS)
 
 
 def talk(

@@ -54,6 +54,19 @@ def test_a_lease_is_renewed_and_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_who_is_about_to_claim_is_seen(tmp_path: Path) -> None:
+    """A process may claim for another one, which owns the run then."""
+    with lease.announce(tmp_path, None) as mine:
+        assert lease.read(tmp_path) == mine == Lease(Owner.me(), 0, 0)
+        with pytest.raises(UserError, match="is in use by"), lease.announce(tmp_path, None):
+            pass
+    assert lease.read(tmp_path) is None
+    with lease.announce(tmp_path, None) as mine:
+        attempt = lease.claim(tmp_path, mine)
+        put(tmp_path, elsewhere(), attempt)
+    assert lease.read(tmp_path) == Lease(elsewhere(), 0, 7)
+
+
 def test_a_live_run_is_refused(tmp_path: Path) -> None:
     with lease.hold(tmp_path, 4), pytest.raises(UserError) as refusal:
         waits(tmp_path)

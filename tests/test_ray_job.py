@@ -1,10 +1,12 @@
 """What the Ray launcher makes of its arguments, and what a worker makes of how a rank ended."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -23,12 +25,15 @@ from launching import ROOT, read
 pytest.importorskip("ray")
 
 from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from dist_sft import (
     lease,
     node,
+    process,
     ray_cluster,
     ray_controller,
+    ray_driver,
     ray_job,
     ray_submit,
     ray_worker,
@@ -509,6 +514,21 @@ def test_a_rank_that_was_ended_before_it_could_save(run_dir: Path) -> None:
     assert outcome.reason.startswith("stopped by signal SIGINT before the workers could write")
 
 
+@pytest.mark.parametrize("code", [runs.FINISHED, runs.STOPPED])
+def test_a_rank_that_moves_leaves_rank_0_its_last_word(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A run that has finished does not go on."""
+    outcome = Outcome(code, "exported, or saved", 3)
+    monkeypatch.setattr(ray_worker.time, "sleep", lambda _: runs.write_outcome(run_dir, 0, outcome))
+    expected = contextlib.nullcontext()
+    if code == runs.STOPPED:
+        expected = pytest.raises(ray_worker.Moved)  # type: ignore[assignment]
+    with expected:
+        judge(run_dir, 0, ray_worker.DRAIN, rank=1)
+    assert runs.read_outcome(run_dir, 0) == outcome
+
+
 @pytest.mark.parametrize(
     ("code", "told"), [(-9, "ended by SIGKILL"), (1, "ended with 1\nImportError: nothing")]
 )
@@ -519,6 +539,18 @@ def test_a_rank_that_fails_without_a_word(run_dir: Path, code: int, told: str) -
     assert blamed is not None
     assert blamed.reason.startswith(told)
     assert "rank 1 failed first" in blamed.reason
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_rank_ends_whose_worker_died_before_it_looked(is_there: bool) -> None:
+    """It imports for seconds, and belongs to init by then."""
+    parent = os.getpid() if is_there else os.getppid()
+    program = "from dist_sft import process; process.die_with_parent(); print('lives')"
+    environment = os.environ | {process.PARENT: str(parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], text=True, capture_output=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == ((0, "lives\n") if is_there else (1, ""))
 
 
 @pytest.fixture
@@ -588,27 +620,258 @@ def test_a_run_that_another_launcher_took_over_ends(run: Run) -> None:
         run.judge({1: RuntimeError("the actor died")})
 
 
-def test_a_worker_that_is_lost_before_its_rank_begins(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray starts others and says nothing to the backend: they get another attempt, but not more."""
+@pytest.fixture
+def told(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> ray_controller.RunConfig:
+    """Be Ray's controller of a run that has not begun."""
     (run_dir / "logs/attempt-0").rmdir()
-    owned: list[Run] = []
-    monkeypatch.setattr(ray_controller, "HERE", owned)
+    monkeypatch.setattr(ray_controller, "HERE", [])
+    work = ray_worker.Work(str(run_dir), "/", False)
+    return ray_controller.RunConfig(work, 1, None)
+
+
+def fail_to_start(told: ray_controller.RunConfig, error: Exception) -> None:
+    """Do as Ray does where a worker dies before it trains."""
+    failure = WorkerGroupStartupFailedError("failed to initialize")
+    failure.__cause__ = error
+    state = SimpleNamespace(training_failed_error=SimpleNamespace(controller_failure=failure))
+    ray_controller.Starts(told).after_controller_state_update(None, state)
+
+
+@pytest.mark.parametrize("is_placed", [True, False])
+def test_a_worker_that_is_lost_before_its_rank_begins(
+    run_dir: Path, told: ray_controller.RunConfig, is_placed: bool
+) -> None:
+    """Ray starts others for ever; they get another attempt, but not more.
+
+    Of a worker that died sooner the backend does not even hear.
+    """
 
     class Workers:
         def execute(self, *_: object) -> list[object]:
             raise RayActorError
 
-    told = ray_controller.RunConfig(ray_worker.Work(str(run_dir), "/", False), 1, None)
-    backend = ray_controller.RunBackend()
-    with pytest.raises(RayActorError):
-        backend.on_start(Workers(), told)
-    assert owner_of(owned[0]) == 0
-    with pytest.raises(GaveUp, match="a worker was lost before its rank began"):
-        backend.on_start(Workers(), told)
+    def start() -> None:
+        if is_placed:
+            with pytest.raises(RayActorError):
+                ray_controller.RunBackend().on_start(Workers(), told)
+        fail_to_start(told, RayActorError())
+
+    start()
+    (run,) = ray_controller.HERE
+    assert owner_of(run) == 0
+    with pytest.raises(GaveUp, match="a worker was lost before its rank began: The actor"):
+        start()
     assert runs.attempts(run_dir) == [0, 1]
-    assert owner_of(owned[0]) is None
+    assert owner_of(run) is None
+
+
+class Group:
+    """Ray's workers: at each look those that have failed, until all have ended."""
+
+    def __init__(self, run_dir: Path, looks: list[dict[int, Exception]]) -> None:
+        self.run_dir, self.looks = run_dir, looks
+
+    def poll_status(self, timeout: float) -> Any:
+        errors = self.looks.pop(0) if self.looks else {}
+        if errors:
+            ray_controller.Attempts().after_exception(None, errors)
+        return SimpleNamespace(finished=not self.looks)
+
+
+@pytest.fixture
+def resized(told: ray_controller.RunConfig, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Own a run of which Ray wants another number of workers."""
+    monkeypatch.setattr(ray_controller, "LOOK_SECONDS", 0)
+    run = ray_controller.here(told)
+    run.begin()
+    return run
+
+
+def test_a_worker_that_dies_while_ranks_save_is_seen(
+    run_dir: Path, told: ray_controller.RunConfig, resized: Run
+) -> None:
+    group = Group(run_dir, [{}, {1: RuntimeError("the node died")}, {}])
+    ray_controller.RunBackend().on_shutdown(group, told)
+    assert read_stop(run_dir, 0) == ray_worker.RESIZE
+    outcome = runs.read_outcome(run_dir, 0)
+    assert outcome is not None
+    assert "its Ray worker failed: the node died" in outcome.reason
+    assert owner_of(resized) == 0, "it goes on"
+    resized.release()
+
+
+def test_workers_that_end_without_a_word_have_failed(
+    run_dir: Path, told: ray_controller.RunConfig, resized: Run
+) -> None:
+    ray_controller.RunBackend().on_shutdown(Group(run_dir, [{}, {}]), told)
+    outcome = runs.read_outcome(run_dir, 0)
+    assert outcome is not None
+    assert outcome.code == runs.FAILED
+    assert "the workers have ended without a word" in outcome.reason
+    resized.release()
+
+
+def test_workers_tidy_up_before_ray_kills_them(
+    run_dir: Path, told: ray_controller.RunConfig, resized: Run
+) -> None:
+    saved = Outcome(runs.STOPPED, "saved", 3, asked_by=ray_worker.RESIZE)
+    runs.write_outcome(run_dir, 0, saved)
+    group = Group(run_dir, [{}, {0: ray_worker.Moved("x")}, {1: ray_worker.Moved("x")}])
+    ray_controller.RunBackend().on_shutdown(group, told)
+    assert not group.looks
+    assert owner_of(resized) == 0, "it goes on"
+    resized.release()
+
+
+def test_a_changed_number_of_workers_is_recorded(run_dir: Path) -> None:
+    """Between launches, too, each of which writes launch.json anew."""
+    launch = runs.Launch("ray", 1, 2, {}, "x")
+    fake = SimpleNamespace(get_job_id=lambda: "1")
+    changes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_controller.ray, "get_runtime_context", lambda: fake)
+        patch.setattr(runs, "record_change", lambda *change: changes.append(change[1:]))
+        for attempt, hosts in ((0, ["a", "b"]), (2, ["a"]), (3, ["b"])):
+            runs.attempt_dir(run_dir, attempt).mkdir(exist_ok=True)
+            runs.write_launch(run_dir, launch)
+            ray_controller.record(run_dir, attempt, hosts)
+    assert changes == [(2, {"workers": "2 -> 1"})]
+    assert runs.read_launch(run_dir).options["placed"] == 1
+
+
+class Engine(threading.Thread):
+    """Ray at work, until it has been looked at so often."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def join(self, timeout: float | None = None) -> None:
+        self.looks -= 1
+
+    def is_alive(self) -> bool:
+        return self.looks > 0
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Be a cluster that has room for the workers, or not, at each look; a look takes a second."""
+    found: list[bool] = []
+    clock = itertools.count()
+    monkeypatch.setattr(ray_driver.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(ray_cluster, "has_place", lambda: found.pop(0))
+    monkeypatch.setattr(ray_cluster, "too_busy", lambda *_: UserError("too busy"))
+    return found
+
+
+def follow(run_dir: Path, looks: int, relay: Any = None, began: int = -1) -> Outcome | None:
+    options = {"workers": [1, 2], "resources_per_worker": {"CPU": 1.0}, "wait": 3}
+    launch = runs.Launch("ray", 1, 2, options, "x")
+    asked = relay or SimpleNamespace(received=None, leaves=False)
+    return ray_driver.follow(Engine(looks), asked, run_dir, launch, began)  # type: ignore[arg-type]
+
+
+def test_no_room_to_begin_is_an_error(run_dir: Path, place: list[bool]) -> None:
+    place += [False, True, True, False, False, False, False]
+    with pytest.raises(UserError, match="too busy"):
+        follow(run_dir, 99, began=0)
+    assert not place
+
+
+def test_no_room_to_go_on_is_waited_for(
+    run_dir: Path, place: list[bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.write_outcome(run_dir, 0, Outcome(runs.FAILED, "died", 3))
+    place += [False] * 9
+    assert follow(run_dir, 9) is None
+    assert capsys.readouterr().err.count("waiting to go on: too busy") == 2
+
+
+@pytest.mark.parametrize("by", ["STOP", "TERM"])
+@pytest.mark.parametrize(("began", "looks"), [(0, 1), (-1, 17)])
+def test_a_stop_while_nobody_runs(
+    run_dir: Path, place: list[bool], by: str, began: int, looks: int
+) -> None:
+    """Before the first attempt at once; after one Ray may be about to end, or to go on."""
+    runs.write_outcome(run_dir, 0, Outcome(runs.FAILED, "died", 3))
+    relay = SimpleNamespace(received=signal.SIGTERM if by == "TERM" else None, leaves=False)
+    if by == "STOP":
+        (run_dir / "STOP").touch()
+    place += [True] * looks  # also where workers are about to start
+    assert follow(run_dir, 99, relay, began) == ray_driver.NOBODY_RAN
+    assert len(place) <= 2
+
+
+@pytest.mark.parametrize(("grows", "stops"), [(True, False), (False, True), (False, False)])
+def test_a_cluster_is_asked_to_grow(
+    grows: bool, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as a launcher waits."""
+    nodes = [("a", {"CPU": 1.0})]
+    wishes: list[str] = []
+
+    def wish(bundles: list[dict[str, float]]) -> str:
+        assert bundles == [{"CPU": 1.0}] * 2
+        wishes.append("wish")
+        nodes.extend([("b", {"CPU": 1.0})] * grows)
+        return "wish"
+
+    monkeypatch.setattr(ray_cluster, "nodes", lambda _: nodes)
+    monkeypatch.setattr("ray.util.placement_group", wish)
+    monkeypatch.setattr("ray.util.remove_placement_group", wishes.remove)
+    monkeypatch.setattr(ray_cluster, "LOOK_SECONDS", 0)
+    per_worker = {"CPU": 1.0, "GPU": 0.0}
+    if grows or stops:
+        assert ray_cluster.wait_for_room(2, per_worker, 9, lambda: stops) == grows
+    else:
+        with pytest.raises(UserError, match="got 2, each with CPU 1, GPU 0; the cluster has room"):
+            ray_cluster.wait_for_room(2, per_worker, 0.1, lambda: False)
+    assert not wishes
+
+
+def test_room_is_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what workers of this run have, while their nodes live."""
+    left = {"a": {"CPU": 0.5, "GPU": 1.0}, "b": {"CPU": 1.0}}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: left)
+    bundles = {0: {"CPU": 0.5}, 1: {"CPU": 0.5}, 2: {"CPU": 0.5}}
+    where = {0: "a", 1: "dead", 2: ""}
+    groups = [
+        {"state": "RESCHEDULING", "bundles": bundles, "bundles_to_node_id": where},
+        {"state": "REMOVED", "bundles": bundles, "bundles_to_node_id": {0: "a", 1: "a", 2: "a"}},
+    ]
+    monkeypatch.setattr(ray_cluster, "own_groups", lambda: groups)
+    assert ray_cluster.free_room({"CPU": 0.5}) == 4
+
+
+class Jobs(Job):
+    """A cluster with a job, whose launcher cannot be asked to stop."""
+
+    def __init__(self) -> None:
+        super().__init__(looks=99)
+        self.stopped: list[str] = []
+
+    def list_jobs(self) -> list[Any]:
+        one = SimpleNamespace(submission_id="mine", status=SimpleNamespace(value="PENDING"))
+        one.metadata = {"run_dir": "/run"}
+        return [one]
+
+    def submit_job(self, **_: Any) -> str:
+        return "asking"
+
+    def get_job_info(self, job: str) -> Any:
+        ended = SimpleNamespace(value="FAILED" if job == "asking" else "PENDING")
+        return SimpleNamespace(status=ended, driver_exit_code=2, message="", runtime_env={})
+
+    def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
+
+
+def test_a_job_that_could_not_be_asked_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs()
+    monkeypatch.setattr(ray_submit, "client", lambda _: contextlib.nullcontext(jobs))
+    with pytest.raises(UserError, match="job mine has not been asked to stop"):
+        ray_submit.cancel("http://h:1", "/run")
+    assert not jobs.stopped
 
 
 def test_the_first_wish_to_stop_counts(run_dir: Path) -> None:

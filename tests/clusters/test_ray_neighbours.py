@@ -1,14 +1,18 @@
 """Who else is on a Ray cluster: other jobs, strangers, and nodes without dist_sft."""
 
 import json
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from ray_cluster import Cluster, ray_cluster
 from ray_run import Driver, launch, stopped
-from slurm_run import EVERY, check_like, make, run_here
+from slurm_run import EVERY, check_like, check_whole, make, run_here
 
 from dist_sft import runs
 
@@ -49,6 +53,56 @@ def test_two_runs_at_a_time(ray: Cluster, tmp_path: Path) -> None:
         check_like(whole, run, attempts, STEPS)
     second.driver.finish()
     check_like(whole, second, attempts=1, steps=STEPS)
+
+
+HOLDER = """
+import ray, sys
+ray.init(address=sys.argv[1])
+
+@ray.remote(num_cpus=1)
+class Other:
+    def is_there(self):
+        return True
+
+other = Other.remote()
+assert ray.get(other.is_there.remote())
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def somebody_else(ray: Cluster) -> Iterator[None]:
+    """Use a CPU of the cluster within a block."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, ray.address],
+        env=ray.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert any(line == "holds\n" for line in process.stdout)
+        yield
+        process.communicate(timeout=60)
+
+
+def test_a_run_that_may_grow_leaves_others_what_they_use(ray: Cluster, tmp_path: Path) -> None:
+    """It works beside an actor, and is not ended again and again to grow into the actor's CPU.
+
+    Where too little is left to begin, it hears a stop, as from `cancel`.
+    """
+    one, two = make(tmp_path, "1", STEPS), make(tmp_path, "2", STEPS)
+    with somebody_else(ray):
+        run = launch(ray, one, "--min-workers=1", "--max-workers=2", "--resize-every=1")
+        run.driver.finish()
+        check_whole(run, attempts=1, steps=STEPS)
+        assert len(run.hosts(0)) == 1
+
+        waits = launch(ray, two, "--min-workers=2", "--max-workers=3", "--wait=60")
+        waits.wait_until((waits.run_dir / "lease.json").exists, "a launcher that waits")
+        time.sleep(10)
+        cancelled = Driver("cancel", waits.run_dir, environment=ray.environment)
+        assert "launch/ray_job.py resume" in cancelled.finish()
+        assert "stopped while no worker was running" in waits.driver.finish(runs.STOPPED)
+        assert not runs.attempts(waits.run_dir)
 
 
 @pytest.mark.parametrize("over", ["http", "ray"])

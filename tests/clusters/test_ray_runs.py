@@ -6,6 +6,8 @@ import secrets
 import signal
 import stat
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -126,6 +128,7 @@ def test_a_killed_rank_and_a_killed_worker(ray: Cluster, whole: Path, recipe: Pa
 @matrix
 def test_grows_and_shrinks_with_the_cluster(ray: Cluster, whole: Path, recipe: Path) -> None:
     """A node is killed, another one joins, and is drained."""
+    before = set(Path(tempfile.gettempdir()).glob("dist_sft-*"))
     run = launch(ray, recipe, "--min-workers=1", "--max-workers=2", "--resize-every=5")
     run.wait_for_step(EVERY + 10)
     ray.nodes.pop().kill()
@@ -148,6 +151,9 @@ def test_grows_and_shrinks_with_the_cluster(ray: Cluster, whole: Path, recipe: P
     run.wait_until(lambda: len(runs.attempts(run.run_dir)) == 4, "an attempt on what is left")
     run.driver.finish()
     assert [len(run.hosts(attempt)) for attempt in range(4)] == [2, 1, 2, 1]
+    assert set(Path(tempfile.gettempdir()).glob("dist_sft-*")) <= before
+    left = list(ray.folder.glob("0/session_2*/dist_sft-*"))
+    assert len(left) <= 1, "at most of the worker whose peer was killed"
     stopped(run, 1, "Ray: another number of workers")
     stopped(run, 2, "Ray: a node is drained")
     check_whole(run, attempts=4)
@@ -167,6 +173,15 @@ def test_wrong_input_is_not_tried_again(ray: Cluster, recipe: Path) -> None:
 
 
 def test_a_cluster_that_is_too_small(ray: Cluster, recipe: Path) -> None:
+    """It is said so; signals are heard while the launcher joins, and while it waits for room."""
+    for number, seconds in ((signal.SIGTERM, 1), (signal.SIGUSR1, 6)):
+        run = launch(ray, recipe, "--workers=3", "--wait=60")
+        run.wait_until((run.run_dir / "lease.json").exists, "a launcher that joins")
+        time.sleep(seconds)
+        run.driver.signal(number)
+        out = run.driver.finish(runs.STOPPED, seconds=60)
+        assert "stopped while no worker was running" in out
+        assert not runs.attempts(run.run_dir)
     run = launch(ray, recipe, "--workers=3", "--wait=2")
     out = run.driver.finish(runs.WRONG_INPUT, seconds=60)
     assert "--workers: got 3, each with CPU 1; the cluster has room for 2 (" in out
