@@ -215,11 +215,6 @@ def own_groups() -> list[dict[str, Any]]:
     return [group for number, group in placement_group_table().items() if number.endswith(job)]
 
 
-def has_place() -> bool:
-    """Tell whether Ray has found room for the workers of this job that it was asked for."""
-    return any(group["state"] == "CREATED" for group in own_groups())
-
-
 def free_room(per_worker: Resources) -> int:
     """Count the workers for which there is room, or which this job has."""
     from ray._private.state import available_resources_per_node

@@ -193,11 +193,12 @@ class RunBackend(Backend):  # type: ignore[misc]
         try:
             while (outcome := runs.read_outcome(run_dir, attempt)) is None:
                 ask_to_stop(run_dir, attempt, RESIZE)
-                if have_ended(worker_group) and runs.read_outcome(run_dir, attempt) is None:
-                    run.judge({0: RuntimeError("the workers have ended without a word")})
+                ended, errors = state_of(worker_group)
+                if errors or (ended and runs.read_outcome(run_dir, attempt) is None):
+                    run.judge(errors or {0: RuntimeError("the workers have ended without a word")})
                 time.sleep(LOOK_SECONDS)
             deadline = time.monotonic() + LEAVE_SECONDS
-            while outcome.code != runs.FAILED and not have_ended(worker_group):
+            while outcome.code != runs.FAILED and not state_of(worker_group)[0]:
                 if time.monotonic() > deadline:
                     break
                 time.sleep(LOOK_SECONDS)
@@ -205,9 +206,20 @@ class RunBackend(Backend):  # type: ignore[misc]
             run.end()
 
 
-def have_ended(worker_group: Any) -> bool:
-    """Tell whether all workers have; Ray lets `Attempts` judge those that failed."""
-    return bool(worker_group.poll_status(timeout=1.0).finished)
+def state_of(worker_group: Any) -> tuple[bool, dict[int, Exception]]:
+    """Tell whether all workers have ended, and how those that have failed.
+
+    `poll_status` would tell Ray's callbacks, too, of which the first have ended by now.
+    """
+    found = worker_group._poll_workers_and_collect_errors(timeout=1.0)
+    errors = {
+        rank: getattr(
+            worker.error, "_base_exc", worker.error
+        )  # Ray wraps what a rank's worker says
+        for rank, worker in enumerate(found)
+        if worker.error is not None
+    }
+    return not any(worker.running for worker in found), errors
 
 
 class Attempts(UserCallback):  # type: ignore[misc]

@@ -91,7 +91,7 @@ def follow(
     for nodes to come back.
     """
     low, per_worker = launch.options["workers"][0], launch.options["resources_per_worker"]
-    ran_at = placed_at = time.monotonic()
+    ran_at = room_at = time.monotonic()
     while engine.is_alive():
         engine.join(LOOK_SECONDS)
         if relay.leaves:
@@ -106,14 +106,14 @@ def follow(
         stops = relay.received is not None or (run_dir / "STOP").exists()
         if stops and not works and (newest <= began or now - ran_at > LEAVE_SECONDS):
             return NOBODY_RAN
-        if works or ray_cluster.has_place():
-            placed_at = now
-        elif now - placed_at > launch.options["wait"]:
+        if works or ray_cluster.free_room(per_worker) >= low:
+            room_at = now
+        elif now - room_at > launch.options["wait"]:
             lacking = ray_cluster.too_busy(low, per_worker)
             if newest <= began:
                 raise lacking
             print(f"waiting to go on: {lacking}", file=sys.stderr, flush=True)
-            placed_at = now
+            room_at = now
     return None
 
 

@@ -668,14 +668,14 @@ def test_a_worker_that_is_lost_before_its_rank_begins(
 class Group:
     """Ray's workers: at each look those that have failed, until all have ended."""
 
-    def __init__(self, run_dir: Path, looks: list[dict[int, Exception]]) -> None:
-        self.run_dir, self.looks = run_dir, looks
+    def __init__(self, looks: list[dict[int, Exception]]) -> None:
+        self.looks = looks
 
-    def poll_status(self, timeout: float) -> Any:
+    def _poll_workers_and_collect_errors(self, timeout: float) -> list[Any]:
         errors = self.looks.pop(0) if self.looks else {}
-        if errors:
-            ray_controller.Attempts().after_exception(None, errors)
-        return SimpleNamespace(finished=not self.looks)
+        return [
+            SimpleNamespace(running=bool(self.looks), error=errors.get(rank)) for rank in range(2)
+        ]
 
 
 @pytest.fixture
@@ -690,7 +690,7 @@ def resized(told: ray_controller.RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_worker_that_dies_while_ranks_save_is_seen(
     run_dir: Path, told: ray_controller.RunConfig, resized: Run
 ) -> None:
-    group = Group(run_dir, [{}, {1: RuntimeError("the node died")}, {}])
+    group = Group([{}, {1: RuntimeError("the node died")}, {}])
     ray_controller.RunBackend().on_shutdown(group, told)
     assert read_stop(run_dir, 0) == ray_worker.RESIZE
     outcome = runs.read_outcome(run_dir, 0)
@@ -703,7 +703,7 @@ def test_a_worker_that_dies_while_ranks_save_is_seen(
 def test_workers_that_end_without_a_word_have_failed(
     run_dir: Path, told: ray_controller.RunConfig, resized: Run
 ) -> None:
-    ray_controller.RunBackend().on_shutdown(Group(run_dir, [{}, {}]), told)
+    ray_controller.RunBackend().on_shutdown(Group([{}, {}]), told)
     outcome = runs.read_outcome(run_dir, 0)
     assert outcome is not None
     assert outcome.code == runs.FAILED
@@ -716,9 +716,10 @@ def test_workers_tidy_up_before_ray_kills_them(
 ) -> None:
     saved = Outcome(runs.STOPPED, "saved", 3, asked_by=ray_worker.RESIZE)
     runs.write_outcome(run_dir, 0, saved)
-    group = Group(run_dir, [{}, {0: ray_worker.Moved("x")}, {1: ray_worker.Moved("x")}])
+    group = Group([{}, {0: ray_worker.Moved("x")}, {1: ray_worker.Moved("x")}])
     ray_controller.RunBackend().on_shutdown(group, told)
     assert not group.looks
+    assert runs.read_outcome(run_dir, 0) == saved
     assert owner_of(resized) == 0, "it goes on"
     resized.release()
 
@@ -759,7 +760,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     clock = itertools.count()
     monkeypatch.setattr(ray_driver.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(ray_cluster, "has_place", lambda: found.pop(0))
+    monkeypatch.setattr(ray_cluster, "free_room", lambda _: int(found.pop(0)))
     monkeypatch.setattr(ray_cluster, "too_busy", lambda *_: UserError("too busy"))
     return found
 
