@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(options: argparse.Namespace) -> AnyRecipe:
-    """Read the recipe, and refuse what its run folder refuses."""
+def read(options: argparse.Namespace, *, here: bool = True) -> AnyRecipe:
+    """Read the recipe, and refuse what its run folder refuses, which may not be `here`."""
     recipe = read_recipe(options.recipe, [f"job={options.job}", *options.overrides])
     if options.restarts < 0:
         raise UserError(f"--restarts: got {options.restarts}; allowed: 0 or more")
@@ -49,7 +49,8 @@ def read(options: argparse.Namespace) -> AnyRecipe:
         raise UserError("--allow-change is for training; for generation there is --reuse-unchanged")
     if recipe.job == "train" and options.reuse_unchanged:
         raise UserError("--reuse-unchanged is for generation; for training there is --allow-change")
-    runs.check(recipe, allowed(options))
+    if here:
+        runs.check(recipe, allowed(options))
     return recipe
 
 

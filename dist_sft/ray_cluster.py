@@ -44,7 +44,8 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
 
     Only who has the token can use it, and its dashboard is reached from this machine only.
     """
-    # Not where TMPDIR says: names of sockets must be short.
+    # Not where TMPDIR says: names of sockets must be short. What is Ray's own, Ray opens to all
+    # users; so it is in a folder that others cannot enter.
     folder = Path(tempfile.mkdtemp(prefix="dist_sft-ray-", dir="/tmp"))
     token = folder / "token"
     token.touch(mode=0o600)
@@ -63,9 +64,12 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             dashboard_host="127.0.0.1",
             include_dashboard=True,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "ray"),
         )
-        print(f"Ray runs on this machine; its dashboard: http://{context.dashboard_url}")
+        dashboard = f"http://{context.dashboard_url}"
+        print(
+            f"Ray runs on this machine; its dashboard, {dashboard}, asks for the token in {token}"
+        )
         yield
 
 
@@ -83,7 +87,9 @@ def joined(address: str) -> Iterator[None]:
             context = ray.init(address=address)
         except Exception as error:
             raise unreachable(address, error) from None
-        warn(f"http://{context.dashboard_url}" if context.dashboard_url else None)
+        dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
+        # Ray sets it, too, where it has found a token.
+        warn(dashboard, shown_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token")
         yield
 
 
@@ -98,8 +104,7 @@ def unreachable(address: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _ray() -> Iterator[Any]:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(ENVIRONMENT)
     try:
         import ray
     except ModuleNotFoundError:
@@ -111,11 +116,15 @@ def _ray() -> Iterator[Any]:
         ray.shutdown()
 
 
-def warn(dashboard: str | None) -> None:
-    """Say what is unsafe about a cluster, asking its dashboard, and how to make it safe."""
-    if dashboard is None or is_guarded(dashboard):
+def warn(dashboard: str | None, *, shown_token: bool = True) -> None:
+    """Say what is unsafe about a cluster, and how to make it safe.
+
+    One that was joined without having `shown_token` is open. Others are asked by their dashboard,
+    which often is reached from its own machine only.
+    """
+    if shown_token and (dashboard is None or is_guarded(dashboard)):
         return
-    host = urlsplit(dashboard).hostname
+    host = urlsplit(dashboard or "").hostname
     public = f" Its dashboard listens on {host}." if host not in (None, *LOOPBACK) else ""
     print(
         "warning: this cluster has no token authentication: whoever reaches its ports can run "

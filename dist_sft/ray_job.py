@@ -20,11 +20,14 @@ from pathlib import Path
 from dist_sft import launching, lease, node, preflight, ray_cluster, ray_driver, ray_submit, runs
 from dist_sft.config import AnyRecipe, read_config_json
 from dist_sft.errors import UserError
+from dist_sft.recipe_yaml import read_tree
+from dist_sft.zero import shipped
 
 DEFAULT_RESTARTS = 3
 WAIT_SECONDS = 45
 RESIZE_SECONDS = 60
-ADDRESSES = "auto|HOST:PORT|http://HOST:PORT"
+DASHBOARD = "http://HOST:PORT"
+ADDRESSES = f"auto|HOST:PORT|{DASHBOARD}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,13 +96,13 @@ def parser_of_commands() -> argparse.ArgumentParser:
     """Return the command line of what is done to a run folder."""
     result = argparse.ArgumentParser(prog="launch/ray_job.py")
     commands = result.add_subparsers(dest="command", required=True)
-    for name, words in (
-        ("cancel", "let a run save, and end it"),
-        ("resume", "go on with a run as it was launched"),
+    for name, words, addresses, default in (
+        ("cancel", "let a run save, and end it", DASHBOARD, "none, where RUN_DIR is seen"),
+        ("resume", "go on with a run as it was launched", ADDRESSES, "as it was launched"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-        command.add_argument("--address", metavar=ADDRESSES, help="default: as it was launched")
+        command.add_argument("--address", metavar=addresses, help=f"default: {default}")
         add_submission(command, runs_something=name == "resume")
     return result
 
@@ -123,8 +126,8 @@ def add_submission(to: argparse.ArgumentParser, runs_something: bool = True) -> 
 def launch(options: argparse.Namespace) -> int:
     """Run a recipe, or submit it."""
     size, per_worker = size_of(options), resources_of(options)
-    recipe = launching.read(options)
     http = ray_submit.is_http(options.address)
+    recipe = launching.read(options, here=not http)
     if options.prepare and http:
         raise UserError(
             "--prepare: it writes the run folder from here; where the cluster sees it, too, leave "
@@ -141,7 +144,7 @@ def launch(options: argparse.Namespace) -> int:
     if http:
         return ray_submit.submit(
             options.address,
-            submitted(options),
+            submitted(options, recipe),
             ray_submit.on_cluster(recipe.run_dir, options.folder),
             ray_submit.read_runtime_env(options.runtime_env),
             Path(options.recipe),
@@ -164,9 +167,12 @@ def launch(options: argparse.Namespace) -> int:
     return ray_driver.run(run_dir, how, seen)
 
 
-def submitted(options: argparse.Namespace) -> str:
+def submitted(options: argparse.Namespace, recipe: AnyRecipe) -> str:
     """Return the line that a job runs on the cluster: this launch, from within."""
     words = ["dist_sft.ray_job", options.job, ray_submit.RECIPE, *options.overrides]
+    sharding = read_tree(options.recipe, options.overrides).get("deepspeed")
+    if isinstance(sharding, str) and sharding not in shipped():  # a file of this machine
+        words.append("deepspeed=" + json.dumps(json.loads(recipe.to_json())["deepspeed"]))
     for name in ("workers", "min_workers", "max_workers", "restarts", "wait", "resize_every"):
         if getattr(options, name) is not None:
             words.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
@@ -183,6 +189,12 @@ def cancel(options: argparse.Namespace) -> int:
     run_dir: Path = options.run_dir
     if ray_submit.is_http(options.address):
         return ray_submit.cancel(options.address, ray_submit.on_cluster(run_dir, options.folder))
+    if options.address:
+        raise UserError(
+            f"--address: got {options.address}; allowed: {DASHBOARD}, from where {run_dir} is not "
+            "seen; none on a machine that sees it"
+        )
+    refuse_elsewhere(run_dir)
     held = lease.read(run_dir) if runs.read_launch(run_dir).launcher == "ray" else None
     if held is None or lease.is_gone(held.owner):
         raise UserError(f"nobody works on {run_dir} from Ray: there is nothing to cancel")
@@ -211,6 +223,7 @@ def resume(options: argparse.Namespace) -> int:
             there,
             ray_submit.read_runtime_env(options.runtime_env),
         )
+    refuse_elsewhere(run_dir)
     how = runs.read_launch(run_dir)
     if how.launcher != "ray":
         raise UserError(f"{run_dir} was launched by {how.launcher}, not by launch/ray_job.py")
@@ -222,6 +235,15 @@ def resume(options: argparse.Namespace) -> int:
     if options.address:
         how = replace(how, options=how.options | {"address": options.address})
     return ray_driver.run(run_dir, how, seen)
+
+
+def refuse_elsewhere(run_dir: Path) -> None:
+    """Raise UserError where a run folder is not seen from here."""
+    if not run_dir.is_dir():
+        raise UserError(
+            f"{run_dir} is not there; a run that is on a cluster elsewhere needs "
+            f"--address {DASHBOARD}, of the cluster's dashboard"
+        )
 
 
 def remove_stop(run_dir: Path) -> None:
@@ -277,24 +299,29 @@ def dry_run(
     size: tuple[int, int],
     per_worker: dict[str, float],
 ) -> str:
-    """Return exactly what a run would use: the recipe, what Ray is asked for, a rank's command."""
-    run_dir = Path(recipe.run_dir)
-    attempt = max(runs.attempts(run_dir), default=-1) + 1
+    """Return what a run would use: the recipe, what Ray is asked for, a rank's command."""
+    run_dir, http = Path(recipe.run_dir), ray_submit.is_http(options.address)
+    if "GPU" not in per_worker and options.address is None and node.count_gpus():
+        per_worker = per_worker | {"GPU": 1.0}
+    unknown = options.address is not None and "GPU" not in per_worker
     asked = {
         "address": options.address,
-        **({"entrypoint": submitted(options)} if ray_submit.is_http(options.address) else {}),
+        **({"entrypoint": submitted(options, recipe)} if http else {}),
         "num_workers": size[0] if size[0] == size[1] else list(size),
-        "resources_per_worker": per_worker,
+        "resources_per_worker": per_worker
+        | ({"GPU": "1 where the cluster has any"} if unknown else {}),
+        "resize_every": options.resize_every,
         "restarts": options.restarts,
+        "wait": options.wait,
     }
-    gpus = int(per_worker.get("GPU", 0))
+    text = f"# {run_dir}/config.json\n{recipe.to_json()}# Ray\n{json.dumps(asked, indent=2)}"
+    if http:  # the cluster has a Python of its own, and knows the attempts
+        return text
+    attempt, gpus = max(runs.attempts(run_dir), default=-1) + 1, int(per_worker.get("GPU", 0))
     threads = ray_cluster.threads_for(recipe.threads_per_worker, per_worker)
     variables = [f"{key}={value}" for key, value in node.rank_environment(threads, gpus).items()]
     command = [*variables, *node.rank_command(run_dir, recipe.job, attempt)]
-    return (
-        f"# {run_dir}/config.json\n{recipe.to_json()}# Ray\n{json.dumps(asked, indent=2)}\n"
-        f"# command of each worker's rank\n{shlex.join(command)}"
-    )
+    return f"{text}\n# command of each worker's rank\n{shlex.join(command)}"
 
 
 if __name__ == "__main__":

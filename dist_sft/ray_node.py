@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,17 +74,22 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: (arguments.job / NOTICE).touch())
     env, over = os.environ, arguments.job / OVER
     node, cpus = int(env["SLURM_NODEID"]), int(env["SLURM_CPUS_ON_NODE"])
-    folder = Path(f"/tmp/ray-{env['SLURM_JOB_ID']}-{node}")
+    name = f"ray-{env['SLURM_JOB_ID']}-{node}-"
+    for left in Path("/tmp").glob(f"{name}*"):  # of this job before it was put back
+        if left.lstat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    # Ray opens its folder to all users: it is in one that others cannot enter, nor make before.
+    folder = Path(tempfile.mkdtemp(prefix=name, dir="/tmp"))
     address = own_address(arguments.head, arguments.port)
-    command = ray_command(node, cpus, address, arguments.head, arguments.port, folder)
+    command = ray_command(node, cpus, address, arguments.head, arguments.port, folder / "ray")
     while True:
-        shutil.rmtree(folder, ignore_errors=True)  # of this job before it was put back
         child = subprocess.Popen(command, start_new_session=True, preexec_fn=block_term)
         while child.poll() is None and not over.exists():
             time.sleep(1)
         kill_session(child)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder / "ray", ignore_errors=True)
         if over.exists() or node == 0:
+            shutil.rmtree(folder, ignore_errors=True)
             return 0 if over.exists() else child.returncode or 1
         print(f"{socket.gethostname()}: Ray ended with {child.returncode}; starting it again")
         time.sleep(AGAIN_SECONDS)

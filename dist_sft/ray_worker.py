@@ -79,6 +79,11 @@ class Told:
             self.received = why
             self._notice.write(why)
 
+    def close(self) -> None:
+        """Say nothing any more, as the rank has ended."""
+        self.received = self.received or "its end"
+        self._notice.close()
+
 
 class News(NamedTuple):
     """What rank 0's worker tells the others."""
@@ -129,7 +134,7 @@ def started(
         watchdog = Watchdog(hearts, limits.seconds, limits.slow_seconds)
         stack.callback(lambda: process.kill(watchdog.living()))
         errors = stack.enter_context(
-            open(log_of(run_dir, attempt, place["RANK"]), "w", encoding="utf-8")
+            open(log_of(run_dir, attempt, place["RANK"]), "a", encoding="utf-8")
         )
         child = subprocess.Popen(
             node.rank_command(run_dir, recipe.job, attempt),
@@ -143,7 +148,8 @@ def started(
             start_new_session=True,
         )
         stack.callback(lambda: node.kill(child) if child.poll() is None else None)
-        yield child, watchdog, Told(hearts)
+        told = stack.enter_context(contextlib.closing(Told(hearts)))
+        yield child, watchdog, told
 
 
 def session_folder() -> str | None:

@@ -110,6 +110,11 @@ def write(folder: Path, node: Node) -> None:
     runs.write_atomically(node_file(folder, node.rank), json.dumps(asdict(node)) + "\n")
 
 
+def read(path: Path) -> Node:
+    """Return what a node has said of itself."""
+    return Node(**json.loads(path.read_text(encoding="utf-8")))
+
+
 def bad_hosts(run_dir: Path, attempt: int) -> list[str]:
     """Return the hosts that the verdict blames, and that another start should do without."""
     path = runs.attempt_dir(run_dir, attempt) / FILE

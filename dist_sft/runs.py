@@ -32,6 +32,8 @@ WRONG_INPUT = 2
 STOPPED = 75  # EX_TEMPFAIL: stopped and resumable
 FRUITFUL = "fruitful"
 """An empty file in the folder of an attempt that has finished a part."""
+PLACED = "ray.json"
+"""A file in the folder of an attempt on Ray: the hosts of its workers."""
 ALL = "*"
 """Among the settings that may change, all of them."""
 

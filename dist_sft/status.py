@@ -23,7 +23,7 @@ def status(run_dir: Path) -> list[str]:
     plan = parts.read_plan(run_dir)  # of generation
     works = held is not None and not lease.is_gone(held.owner)
     return [
-        f"{run_dir}: launched by {launch.launcher}, {_size(launch)}",
+        f"{run_dir}: launched by {launch.launcher}, {_size(run_dir, launch)}",
         f"owner: {_owner(run_dir, held)}",
         *slurm_queue.describe(slurm_queue.jobs_of(run_dir)),
         *_attempts(run_dir, held),
@@ -54,11 +54,15 @@ def _answers(run_dir: Path, plan: parts.Plan, *, working: bool) -> list[str]:
     return lines
 
 
-def _size(launch: runs.Launch) -> str:
+def _size(run_dir: Path, launch: runs.Launch) -> str:
     if launch.launcher == "ray":  # which places workers as it likes
         low, high = launch.options["workers"]
         wanted = str(low) if low == high else f"{low} to {high}"
-        return f"workers: {launch.options.get('placed', 'none yet')} (wanted: {wanted})"
+        placed = runs.attempt_dir(run_dir, max(runs.attempts(run_dir), default=0)) / runs.PLACED
+        there: int | str = "none yet"
+        with contextlib.suppress(FileNotFoundError):
+            there = len(json.loads(placed.read_text(encoding="utf-8"))["hosts"])
+        return f"workers: {there} (wanted: {wanted})"
     return f"nodes: {launch.nodes}, workers per node: {launch.workers_per_node}"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -119,11 +120,15 @@ def test_a_requeue_does_not_undo_a_stop(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "STOP").exists()
 
 
-# A process that its parent leaves behind, as Ray's do; a node's Ray ends when told to.
+# A process that its parent leaves behind, and a folder that is open to all, as Ray's are; a node's
+# Ray ends when told to.
 RAY = """
 import pathlib, subprocess, sys, time
 subprocess.Popen(["sh", "-c", "sleep 611 &"]).wait()
-folder = pathlib.Path(sys.argv[1])
+folder, own = map(pathlib.Path, sys.argv[1:])
+own.mkdir()
+own.chmod(0o777)
+(folder / "own").write_text(str(own))
 (folder / f"up-{len(list(folder.glob('up-*')))}").touch()
 while not (folder / "die").exists():
     time.sleep(0.05)
@@ -135,11 +140,14 @@ import sys
 from pathlib import Path
 from dist_sft import ray_node
 ray_node.AGAIN_SECONDS = 0
-ray_node.ray_command = lambda *_: [sys.executable, "-c", {program!r}, {folder!r}]
+ray_node.ray_command = lambda *words: [sys.executable, "-c", {program!r}, {folder!r}, words[-1]]
 ray_node.own_address = lambda *_: "127.0.0.1"
 sys.argv[1:] = ["localhost", "1", {folder!r}]
 sys.exit(ray_node.main())
 """
+
+
+JOB_ID = f"0{os.getpid()}"
 
 
 class Started:
@@ -151,7 +159,7 @@ class Started:
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             env=os.environ
-            | {"SLURM_NODEID": str(node), "SLURM_CPUS_ON_NODE": "1", "SLURM_JOB_ID": "0"},
+            | {"SLURM_NODEID": str(node), "SLURM_CPUS_ON_NODE": "1", "SLURM_JOB_ID": JOB_ID},
         )
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
@@ -195,6 +203,20 @@ def test_a_notice_ends_no_ray(node: Callable[[int], Started]) -> None:
     (one.folder / ray_node.OVER).touch()
     assert one.process.wait(timeout=30) == 0
     assert not psutil.wait_procs(below, timeout=5)[1]
+
+
+def test_rays_folder_is_closed_to_others(node: Callable[[int], Started]) -> None:
+    """What was left by the job before it was put back goes, too."""
+    left = Path(f"/tmp/ray-{JOB_ID}-0-left")
+    (left / "ray").mkdir(parents=True)
+    one = node(0)
+    folder = Path((one.folder / "own").read_text()).parent
+    assert folder.parent == Path("/tmp")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not left.exists()
+    (one.folder / ray_node.OVER).touch()
+    assert one.process.wait(timeout=30) == 0
+    assert not folder.exists()
 
 
 def test_ray_is_started_again_on_a_node(node: Callable[[int], Started]) -> None:

@@ -4,10 +4,14 @@ import contextlib
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from launching import ROOT, read
 
 pytest.importorskip("ray")
 
@@ -35,6 +40,7 @@ from dist_sft import (
     roll_call,
     runs,
 )
+from dist_sft.config import Recipe, read_recipe
 from dist_sft.errors import UserError
 from dist_sft.ray_controller import GaveUp, Run
 from dist_sft.ray_node import ray_command
@@ -82,10 +88,64 @@ def test_the_size_and_the_resources(capsys: pytest.CaptureFixture[str]) -> None:
         "address": None,
         "num_workers": 4,
         "resources_per_worker": {"CPU": 2.0, "GPU": 1.0},
+        "resize_every": 60,
         "restarts": 3,
+        "wait": 45,
     }
     told = asked(capsys, "--min-workers=2", "--max-workers=8")
     assert told["num_workers"] == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("address", "gpus", "resources"),
+    [
+        (None, 0, {"CPU": 1.0}),
+        (None, 2, {"CPU": 1.0, "GPU": 1.0}),
+        ("auto", 2, {"CPU": 1.0, "GPU": "1 where the cluster has any"}),
+        ("http://h:1", 2, {"CPU": 1.0, "GPU": "1 where the cluster has any"}),
+    ],
+)
+def test_a_dry_run_says_what_it_knows(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    gpus: int,
+    resources: dict[str, Any],
+) -> None:
+    """Whether a cluster elsewhere has GPUs, and its Python, it does not."""
+    monkeypatch.setattr(node, "count_gpus", lambda: gpus)
+    words = [f"--address={address}"] if address else []
+    assert ray_job.main(["train", "recipe.yaml", "--dry-run", "--workers=2", *words]) == 0
+    text = capsys.readouterr().out
+    command = text.partition("# command of each worker's rank\n")[2]
+    assert ("dist_sft.train" in command) == (address != "http://h:1")
+    if address is None:
+        assert ("MALLOC_" in command) == (gpus == 0)
+    asked = json.loads(text.partition("# Ray\n")[2].partition("# command")[0])
+    assert asked["resources_per_worker"] == resources
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("cancel", "gone"), "gone is not there; a run that is on a cluster elsewhere needs"),
+        (("resume", "gone"), "--address http://HOST:PORT, of the cluster's dashboard"),
+        (("cancel", ".", "--address=auto"), "--address: got auto; allowed: http://HOST:PORT"),
+        (("cancel", ".", "--address=h:1"), "none on a machine that sees it"),
+    ],
+)
+def test_which_run_is_meant(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+) -> None:
+    assert ray_job.main(words) == runs.WRONG_INPUT
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_built_on_is_not_the_shells_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would hide one rank's error behind another's."""
+    monkeypatch.setattr(os, "environ", os.environ | {"RAY_DEDUP_LOGS": "1"})
+    with ray_cluster._ray():
+        assert os.environ["RAY_DEDUP_LOGS"] == "0"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +213,25 @@ def test_a_job_runs_the_same_launch_on_the_cluster(
     assert "--folder: the job's folder must be there" in done.stdout
 
 
+def test_what_a_recipe_says_is_of_the_cluster(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder of the same name here means nothing; a sharding file here goes with the job."""
+    (here / "runs/my run").mkdir(parents=True)
+    (here / "runs/my run/file").touch()
+    assert "my run" in refused(capsys, "--dry-run")
+    (here / "my zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    words = ("--address=http://head:8265", "--folder=/on/cluster")
+    line = asked(capsys, *words, "deepspeed=my zero.json")["entrypoint"]
+    (told,) = [word for word in shlex.split(line) if word.startswith("deepspeed={")]
+    (here / "my zero.json").unlink()
+    resolved = read_recipe("recipe.yaml", ["deepspeed=my zero.json", told])
+    assert isinstance(resolved, Recipe)
+    assert resolved.deepspeed is not None
+    assert resolved.deepspeed.zero_optimization.stage == 3
+    assert "deepspeed={" not in asked(capsys, *words, "deepspeed=zero2")["entrypoint"]
+
+
 def run_line(line: str, python: Path) -> subprocess.CompletedProcess[str]:
     environment = {"DIST_SFT_PYTHON": str(python), "PATH": os.environ["PATH"]}
     return subprocess.run(["sh", "-c", line], text=True, capture_output=True, env=environment)
@@ -210,11 +289,15 @@ def test_a_job_goes_on_without_its_client(
     assert "launch/ray_job.py cancel /run --address http://h:1" in told
 
 
-def test_a_client_needs_no_torch() -> None:
-    """Nor what comes with it."""
+def test_a_client_needs_no_more_than_is_documented() -> None:
+    """Ray brings what Ray needs; of what dist_sft needs, only what docs/ray.md names is there."""
+    documented = re.search(r"beside it `'ray\[default\]' (.*?)`", read(ROOT / "docs/ray.md"))
+    assert documented
+    needed = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["dependencies"]
+    names = {re.split(r"[>=<\[]", one)[0] for one in needed} - set(documented[1].split())
+    assert "torch" in names
     program = (
-        "import sys; sys.modules.update(dict.fromkeys("
-        "['torch', 'transformers', 'datasets', 'accelerate', 'deepspeed', 'tokenizers'])); "
+        f"import sys; sys.modules.update(dict.fromkeys({sorted(names)})); "
         "from dist_sft.ray_job import main; sys.exit(main())"
     )
     words = ("train", "recipe.yaml", "--address=http://127.0.0.1:1")
@@ -297,6 +380,34 @@ def test_what_there_is_is_told() -> None:
     )
 
 
+def test_a_cluster_for_one_run_is_closed_to_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray opens its own folder to all users: neither that nor the token is within their reach."""
+    told: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        told.update(options, token=Path(os.environ["RAY_AUTH_TOKEN_PATH"]))
+        Path(options["_temp_dir"]).mkdir()
+        Path(options["_temp_dir"]).chmod(0o777)
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
+
+    monkeypatch.setattr(
+        ray_cluster, "_ray", lambda: contextlib.nullcontext(SimpleNamespace(init=init))
+    )
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with ray_cluster.started(2, {"CPU": 1.0}):
+        folder = told["token"].parent
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(told["token"].stat().st_mode) == 0o600
+        assert Path(told["_temp_dir"]).parent == folder
+        assert len(told["token"].read_text()) == 64
+    assert not folder.exists()
+    assert told["dashboard_host"] == "127.0.0.1"
+    out = capsys.readouterr().out
+    assert f"http://127.0.0.1:8265, asks for the token in {told['token']}" in out
+
+
 @pytest.mark.parametrize("mode", ["token", "disabled"])
 @pytest.mark.parametrize("own", ["token", "disabled"])
 def test_an_open_cluster_is_warned_of(
@@ -326,6 +437,26 @@ def test_an_open_cluster_is_warned_of(
     assert ("RAY_AUTH_MODE=token" in told) == (mode == "disabled")
 
 
+@pytest.mark.parametrize("mode", ["token", "disabled", None])
+@pytest.mark.parametrize("dashboard", ["127.0.0.1:1", ""])
+def test_a_cluster_that_lets_anybody_in_is_open(
+    mode: str | None,
+    dashboard: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its dashboard answers on the head alone, or there is none."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    context = SimpleNamespace(dashboard_url=dashboard)
+    ray = SimpleNamespace(init=lambda **_: context)
+    monkeypatch.setattr(ray_cluster, "_ray", lambda: contextlib.nullcontext(ray))
+    with ray_cluster.joined("auto"):
+        told = capsys.readouterr().err
+    assert ("no token authentication" in told) == (mode != "token")
+
+
 def test_a_dashboard_for_all_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,6 +472,20 @@ def test_the_head_of_a_slurm_job() -> None:
     assert "--dashboard-host=127.0.0.1" in head
     assert "--ray-client-server-port=10007" in head
     assert "--address=n1:20007" in ray_command(1, 4, "10.0.0.2", "n1", 20007, Path("/tmp/x"))
+
+
+def test_a_rank_that_is_started_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same Ray worker: what the first one said stays, and no file stays open."""
+    program = ["sh", "-c", "echo $RANK has words >&2"]
+    monkeypatch.setattr(node, "rank_command", lambda *_: program)
+    work, recipe = ray_worker.Work(str(run_dir), "/", False), read_recipe("recipe.yaml")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(2):
+        with ray_worker.started(work, recipe, 0, {"RANK": 1}, 1, 0) as (child, _, told):
+            child.wait()
+        told.tell("too late")
+    assert os.listdir("/proc/self/fd") == before
+    assert read(ray_worker.log_of(run_dir, 0, 1)) == "1 has words\n" * 2
 
 
 def judge(run_dir: Path, code: int, asked: str | None, rank: int = 0) -> None:

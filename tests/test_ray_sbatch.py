@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -43,9 +43,13 @@ stage, module, arguments = Path(os.environ["STAGE"]), sys.argv[2], sys.argv[3:]
 with open(stage / "called", "a") as file:
     print(module, *arguments, file=file)
 if module == "dist_sft.ray_node":
+    (stage / "tried").touch()
+    if os.environ.get("RAY") == "fails":
+        sys.exit("no Ray here")
     assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o077 == 0
     assert len(Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()) == 64
-    with socket.create_server((arguments[0], int(arguments[1]))):
+    port = 0 if os.environ.get("RAY") == "hangs" else int(arguments[1])
+    with socket.create_server((arguments[0], port)):
         while not (Path(arguments[2]) / "over").exists():
             time.sleep(0.05)
     (stage / "ray ended").touch()
@@ -68,7 +72,7 @@ else:
 class Batch:
     """The batch script at work, in its folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **variables: str) -> None:
         self.folder = folder
         programs = {"scontrol": SCONTROL, "srun": SRUN, "p": PYTHON.format(python=sys.executable)}
         for name, text in programs.items():
@@ -88,12 +92,12 @@ class Batch:
                     "SLURM_JOB_ID": "7",
                     "SLURM_JOB_NUM_NODES": "2",
                     "SLURM_JOB_NODELIST": "n[1-2]",
+                    **variables,
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.wait_for((folder / "up").exists)
 
     @property
     def called(self) -> str:
@@ -123,14 +127,17 @@ class Batch:
     def heard(self) -> str:
         return (self.folder / "heard").read_text()
 
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
 
 @pytest.fixture
 def batch(tmp_path: Path) -> Iterator[Batch]:
-    started = Batch(tmp_path)
-    yield started
-    with suppress(ProcessLookupError):
-        os.killpg(started.process.pid, signal.SIGKILL)
-    started.process.wait()
+    with closing(Batch(tmp_path)) as started:
+        started.wait_for((tmp_path / "up").exists)
+        yield started
 
 
 @pytest.mark.parametrize("code", [runs.FINISHED, runs.WRONG_INPUT, runs.FAILED])
@@ -142,6 +149,40 @@ def test_a_run_that_ends_by_itself(batch: Batch, code: int) -> None:
         in batch.called
     )
     assert "requeue" not in batch.called
+
+
+def test_ray_does_not_start(tmp_path: Path) -> None:
+    """It is no mistake of the recipe: what Ray said is shown, and the run is not begun."""
+    with closing(Batch(tmp_path, RAY="fails")) as batch:
+        assert batch.process.wait(timeout=60) == runs.FAILED, batch.log
+        assert "Ray did not start on 127.0.0.1; the end of its log:\nno Ray here" in batch.log
+        assert "dist_sft.ray_job" not in batch.called
+        assert "requeue" not in batch.called
+        assert not batch.own.exists()
+
+
+@pytest.mark.parametrize("told", ["shell", "nodes"])
+def test_a_preemption_while_ray_starts(tmp_path: Path, told: str) -> None:
+    with closing(Batch(tmp_path, RAY="hangs")) as batch:
+        batch.wait_for((tmp_path / "tried").exists)
+        (tmp_path / "job").write_text(RUNNING.replace("PreemptTime=None", "PreemptTime=2026"))
+        if told == "shell":
+            batch.process.send_signal(signal.SIGTERM)
+        else:
+            (batch.own / "notice").touch()
+        batch.finish(runs.STOPPED)
+        assert "scontrol requeue incomplete 7\n" in batch.called
+        assert "dist_sft.ray_job" not in batch.called
+
+
+def test_a_run_that_is_slow_to_save_leaves_no_secret(batch: Batch) -> None:
+    """KILL follows KillWait seconds after a cancelled job's TERM."""
+    (batch.folder / "deaf").touch()
+    (batch.folder / "job").write_text(RUNNING.replace("RUNNING", "COMPLETING"))
+    asked_at = time.monotonic()
+    batch.process.send_signal(signal.SIGTERM)
+    batch.wait_for(lambda: not (batch.own / "token").exists())
+    assert time.monotonic() - asked_at < 4, "KillWait"
 
 
 def test_time_is_nearly_up(batch: Batch) -> None:

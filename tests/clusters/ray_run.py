@@ -120,9 +120,22 @@ def stopped(run: RayRun, attempt: int, by: str) -> int:
     return int(match[1])
 
 
-def launch(ray: Cluster | None, recipe: Path, *options: str) -> RayRun:
+def check_no_secret(ray: Cluster, run: RayRun, *secrets: str) -> None:
+    """Look into all that the run and the cluster have written, and into what Ray tells."""
+    files = [path for path in run.run_dir.rglob("*") if path.is_file()]
+    token = Path(ray.environment["RAY_AUTH_TOKEN_PATH"])
+    files += [path for path in ray.folder.rglob("*") if path.is_file() and path != token]
+    assert any(path.name.startswith("python-core-driver-") for path in files), "Ray's own logs"
+    for secret in (*secrets, token.read_text()):
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+        assert secret not in ray.jobs()
+        assert secret not in ray.dashboard_says("/api/train/v2/runs/v1")
+
+
+def launch(ray: Cluster | None, recipe: Path, *options: str, **variables: str) -> RayRun:
     """Launch a recipe with two workers, unless told otherwise, on a cluster or on none."""
     where = [] if ray is None else ["--address", ray.address]
     size = [] if any("workers" in option for option in options) else ["--workers=2"]
-    driver = Driver("train", recipe, *size, *where, *options, environment=ray and ray.environment)
+    environment = (ray.environment if ray else os.environ) | variables
+    driver = Driver("train", recipe, *size, *where, *options, environment=environment)
     return RayRun(recipe.with_suffix(""), driver)
