@@ -4,8 +4,9 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # Two files at a time; what a file's tests share is made once.
 CORE := -m "not slow and not gpu" -q -n 2 --dist loadfile
-# These wait for SLURM more than they compute.
+# These wait for SLURM, or for Ray, more than they compute.
 ON_SLURM := -n 4 --dist worksteal $(sort $(wildcard tests/clusters/test_slurm*.py))
+ON_RAY := -n 2 --dist worksteal $(sort $(wildcard tests/clusters/test_ray*.py))
 SHELL_FILES := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 
 ROWS ?= $(error set ROWS to a file of Alpaca rows: make bench ROWS=alpaca_en.json)
@@ -28,7 +29,8 @@ install: .venv/installed-dev
 
 test: install lint
 	$(PYTEST) $(CORE)
-	$(PYTEST) -m "slow and not matrix" -q --ignore-glob='tests/clusters/test_slurm*'
+	$(PYTEST) -m "slow and not matrix" -q --ignore=tests/clusters
+	$(PYTEST) -m "slow and not matrix" -q $(ON_RAY)
 	$(PYTEST) -m "slow and not matrix" -q $(ON_SLURM)
 
 test-core: install
@@ -39,7 +41,7 @@ test-faults: install
 
 test-clusters: install
 	$(PYTEST) -m "not gpu" -q $(ON_SLURM)
-	$(PYTEST) -m "not gpu" -q $(sort $(wildcard tests/clusters/test_ray*.py))
+	$(PYTEST) -m "not gpu" -q $(ON_RAY)
 
 test-gpu: install
 	DIST_SFT_TEST_GPU=1 $(PYTEST) -m gpu -q

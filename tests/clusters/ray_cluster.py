@@ -177,10 +177,12 @@ def environment(folder: Path) -> dict[str, str]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
+    (folder / "tmp").mkdir()
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "TMPDIR": str(folder / "tmp"),
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
