@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dist_sft import process
@@ -25,6 +25,7 @@ from dist_sft.runs import attempt_dir, attempts, start_attempt, write_atomically
 NAME = "lease.json"
 HEARTBEAT_SECONDS = 3.0
 EXPIRY_SECONDS = 20.0  # longer than file systems of clusters keep an old content
+ANNOUNCED = -1  # first heartbeat of who has yet to claim an attempt; from there on it falls
 START_SECONDS = 240.0  # from the claim of a batch script to the first heartbeat of its first node
 
 
@@ -109,7 +110,7 @@ def claim(run_dir: Path, seen: Lease | None) -> int:
     """
     attempt = start_attempt(run_dir)
     now = read(run_dir)
-    if now not in (None, seen):
+    if now is not None and not _is_as_seen(now, seen):
         attempt_dir(run_dir, attempt).rmdir()  # or it would fence the other one off
         raise _in_use(run_dir, now)
     try:
@@ -138,17 +139,41 @@ def announce(run_dir: Path, seen: Lease | None) -> Iterator[Lease]:
     The block gets the lease that is `seen` then. Raises UserError where somebody was faster.
     """
     now = read(run_dir)
-    if now not in (None, seen):
+    if now is not None and not _is_as_seen(now, seen):
         raise _in_use(run_dir, now)
-    mine = Lease(Owner.me(), max(attempts(run_dir), default=-1) + 1, 0)
+    mine = Lease(Owner.me(), max(attempts(run_dir), default=-1) + 1, ANNOUNCED)
+    ended = threading.Event()
+
+    def keep() -> None:
+        heartbeat = ANNOUNCED
+        while not ended.wait(HEARTBEAT_SECONDS):
+            heartbeat -= 1
+            with contextlib.suppress(OSError, UserError):
+                now = read(run_dir)
+                if now is None or not _is_as_seen(now, mine):
+                    return  # it was claimed
+                _write(run_dir, replace(mine, heartbeat=heartbeat))
+
     with contextlib.suppress(OSError):  # who claims says so
         _write(run_dir, mine)
+    thread = threading.Thread(target=keep, name="announced lease", daemon=True)
+    thread.start()
     try:
         yield mine
     finally:
+        ended.set()
+        thread.join()
         with contextlib.suppress(OSError, UserError):
-            if read(run_dir) == mine:
+            now = read(run_dir)
+            if now is not None and _is_as_seen(now, mine):
                 (run_dir / NAME).unlink()
+
+
+def _is_as_seen(now: Lease, seen: Lease | None) -> bool:
+    """Tell whether a lease is as it was seen; an announced one goes on to beat."""
+    if seen is None or now.owner != seen.owner:
+        return False
+    return now == seen or max(now.heartbeat, seen.heartbeat) <= ANNOUNCED
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def started(workers: int, per_worker: Resources) -> Iterator[None]:
             include_dashboard=True,
             _temp_dir=str(folder / "ray"),
         )
+        hear_term_again()
         dashboard = f"http://{context.dashboard_url}"
         print(
             f"Ray runs on this machine; its dashboard, {dashboard}, asks for the token in {token}"
@@ -87,6 +89,7 @@ def joined(address: str) -> Iterator[None]:
             context = ray.init(address=address)
         except Exception as error:
             raise unreachable(address, error) from None
+        hear_term_again()
         dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else None
         # Ray sets it, too, where it has found a token.
         warn(dashboard, shown_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token")
@@ -114,6 +117,15 @@ def _ray() -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def hear_term_again() -> None:
+    """Put this process's own handler of TERM back.
+
+    Ray's, of its C++ part, calls it, but aborts the process three seconds later.
+    """
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    signal.alarm(0)  # if one came in between
 
 
 def warn(dashboard: str | None, *, shown_token: bool = True) -> None:

@@ -123,11 +123,14 @@ class Run:
         run_dir, attempt = self.run_dir, self.attempt
         if self._goes_on:
             return
-        outcome = runs.read_outcome(run_dir, attempt)
+        outcome, errors = runs.read_outcome(run_dir, attempt), worker_exceptions.values()
+        if outcome is None and all(isinstance(error, Moved) for error in errors):
+            appears(runs.outcome_file(run_dir, attempt))  # rank 0 has written it, maybe elsewhere
+            outcome = runs.read_outcome(run_dir, attempt)
         if outcome is None:
             outcome = explain(run_dir, attempt, worker_exceptions)
             runs.write_outcome(run_dir, attempt, outcome)
-        moved = any(isinstance(error, Moved) for error in worker_exceptions.values())
+        moved = any(isinstance(error, Moved) for error in errors)
         if outcome.code == runs.STOPPED and (moved or outcome.asked_by in GOES_ON):
             self._goes_on = True
             return
@@ -175,8 +178,9 @@ class RunBackend(Backend):  # type: ignore[misc]
         attempt = run.begin()
         try:
             prepare(worker_group, backend_config.work, run.run_dir, attempt)
-        except RayActorError:
-            raise  # `Starts` counts it
+        except RayActorError:  # `Starts` counts it
+            worker_group._clear_state()  # or Ray takes it for started, and keeps its place for ever
+            raise
         except Exception:
             run.end()
             raise
@@ -194,7 +198,8 @@ class RunBackend(Backend):  # type: ignore[misc]
             while (outcome := runs.read_outcome(run_dir, attempt)) is None:
                 ask_to_stop(run_dir, attempt, RESIZE)
                 ended, errors = state_of(worker_group)
-                if errors or (ended and runs.read_outcome(run_dir, attempt) is None):
+                failed = any(not isinstance(error, Moved) for error in errors.values())
+                if failed or (ended and not appears(runs.outcome_file(run_dir, attempt))):
                     run.judge(errors or {0: RuntimeError("the workers have ended without a word")})
                 time.sleep(LOOK_SECONDS)
             deadline = time.monotonic() + LEAVE_SECONDS
@@ -238,6 +243,8 @@ class Starts(ControllerCallback):  # type: ignore[misc]
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Raise GaveUp, which ends the run, where another start would be in vain."""
+        if current_state is previous_state:  # Ray looks again, and nothing has happened
+            return
         error = getattr(current_state, "training_failed_error", None)
         failure = getattr(error, "controller_failure", None)
         if isinstance(failure, WorkerGroupStartupFailedError):

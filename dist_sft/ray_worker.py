@@ -72,17 +72,19 @@ class Told:
 
     def __init__(self, hearts: Path) -> None:
         self.received: str | None = None
-        self._notice = Notice(hearts)
+        self._notice, self._lock = Notice(hearts), threading.Lock()
 
     def tell(self, why: str) -> None:
-        if self.received is None:
-            self.received = why
-            self._notice.write(why)
+        with self._lock:
+            if self.received is None:
+                self.received = why
+                self._notice.write(why)
 
     def close(self) -> None:
         """Say nothing any more, as the rank has ended."""
-        self.received = self.received or "its end"
-        self._notice.close()
+        with self._lock:
+            self.received = self.received or "its end"
+            self._notice.close()
 
 
 class News(NamedTuple):

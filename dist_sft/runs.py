@@ -264,9 +264,14 @@ def attempt_dir(run_dir: Path, attempt: int) -> Path:
 
 def write_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> None:
     """Record how the whole attempt ended; rank 0 does this last, or else the first node."""
-    path = attempt_dir(run_dir, attempt) / "outcome.json"
+    path = outcome_file(run_dir, attempt)
     content = {key: value for key, value in asdict(outcome).items() if value is not None}
     write_atomically(path, json.dumps(content) + "\n")
+
+
+def outcome_file(run_dir: Path, attempt: int) -> Path:
+    """Return where it is written how an attempt ended."""
+    return attempt_dir(run_dir, attempt) / "outcome.json"
 
 
 def write_failure(
@@ -292,7 +297,7 @@ def _failure_file(run_dir: Path, attempt: int, rank: int) -> Path:
 def read_outcome(run_dir: Path, attempt: int) -> Outcome | None:
     """Return how an attempt ended, or None while it runs or when nobody could say."""
     try:
-        text = (attempt_dir(run_dir, attempt) / "outcome.json").read_text(encoding="utf-8")
+        text = outcome_file(run_dir, attempt).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     return Outcome(**json.loads(text))

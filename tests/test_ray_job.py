@@ -635,6 +635,8 @@ def fail_to_start(told: ray_controller.RunConfig, error: Exception) -> None:
     failure.__cause__ = error
     state = SimpleNamespace(training_failed_error=SimpleNamespace(controller_failure=failure))
     ray_controller.Starts(told).after_controller_state_update(None, state)
+    for _ in range(3):  # Ray looks again, and waits for nodes
+        ray_controller.Starts(told).after_controller_state_update(state, state)
 
 
 @pytest.mark.parametrize("is_placed", [True, False])
@@ -647,13 +649,20 @@ def test_a_worker_that_is_lost_before_its_rank_begins(
     """
 
     class Workers:
+        started = True
+
         def execute(self, *_: object) -> list[object]:
             raise RayActorError
 
+        def _clear_state(self) -> None:
+            self.started = False
+
     def start() -> None:
         if is_placed:
+            workers = Workers()
             with pytest.raises(RayActorError):
-                ray_controller.RunBackend().on_start(Workers(), told)
+                ray_controller.RunBackend().on_start(workers, told)
+            assert not workers.started, "or Ray would keep their place"
         fail_to_start(told, RayActorError())
 
     start()
@@ -682,6 +691,7 @@ class Group:
 def resized(told: ray_controller.RunConfig, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Own a run of which Ray wants another number of workers."""
     monkeypatch.setattr(ray_controller, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(ray_controller, "SEES_SECONDS", 0.5)
     run = ray_controller.here(told)
     run.begin()
     return run
@@ -708,6 +718,21 @@ def test_workers_that_end_without_a_word_have_failed(
     assert outcome is not None
     assert outcome.code == runs.FAILED
     assert "the workers have ended without a word" in outcome.reason
+    resized.release()
+
+
+def test_a_word_that_a_shared_folder_shows_late_is_awaited(
+    run_dir: Path, told: ray_controller.RunConfig, resized: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others have moved on; rank 0 has finished the run."""
+    finished = Outcome(runs.FINISHED, "finished", 9)
+    monkeypatch.setattr(ray_controller, "SEES_SECONDS", 20.0)
+    timer = threading.Timer(0.5, runs.write_outcome, (run_dir, 0, finished))
+    timer.start()
+    moved: dict[int, Exception] = {1: ray_worker.Moved("x")}
+    ray_controller.RunBackend().on_shutdown(Group([moved, moved, moved]), told)
+    timer.join()
+    assert runs.read_outcome(run_dir, 0) == finished
     resized.release()
 
 

@@ -70,4 +70,7 @@ def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
     rich.wait_for(job, "CANCELLED", seconds=60)
     run.wait_until(lambda: run.outcomes()[1][0] != -1, "an outcome")
     assert rich.show(job)["Restarts"] == "1"
+    out = read(tmp_path / "job.out")
+    assert out.count("SIGTERM: stopping as soon as") == 2
+    assert "Aborted" not in out, "as Ray's own handler does, three seconds after TERM"
     check_nothing_is_left(rich, job, tmp_path)
