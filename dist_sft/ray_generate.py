@@ -50,6 +50,8 @@ def run(
             raise
         if runs.read_outcome(run_dir, attempt) is None:
             runs.write_outcome(run_dir, attempt, outcome)
+        if outcome.code == runs.FINISHED:
+            parts.clean_up(run_dir)
     return outcome
 
 

@@ -117,6 +117,18 @@ def test_a_worker_is_started_again_while_there_are_new_parts(run_dir: Path) -> N
     assert workers.starts == [0, 1, 1, 0, 1, 1]
 
 
+@pytest.mark.parametrize("code", [runs.FINISHED, runs.STOPPED])
+def test_converted_weights_go_when_the_run_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    ended = Outcome(code, "as it may be", -1)
+    (tmp_path / parts.WEIGHTS / "of a checkpoint").mkdir(parents=True)
+    workers = SimpleNamespace(follow=lambda *_: ended)
+    monkeypatch.setattr(ray_generate, "Workers", lambda *_: workers)
+    assert ray_generate.run(tmp_path, None, None, None, Nobody()) == ended  # type: ignore[arg-type]
+    assert (tmp_path / parts.WEIGHTS).exists() == (code == runs.STOPPED)
+
+
 def test_it_gives_up_where_no_part_is_new(run_dir: Path) -> None:
     """A node takes many workers with it: each counts for itself."""
     failed = (1, "ended with 1\nImportError: x")
