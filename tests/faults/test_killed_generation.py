@@ -18,8 +18,9 @@ from dist_sft import parts, runs
 
 SEED, KILLS, ROWS, PART_ROWS = 6, 20, 600, 4
 WORLDS = (1, 3, 2)
-# When a kill is due: within so long after the start, or after a worker has begun with a part.
-MOMENTS = {"starting": (6, 0.1), "working": (14, 0.8)}
+# When a kill is due: within so long after the start, after a worker has begun with a part, or after
+# one was finished, however slow the machine is.
+MOMENTS = {"starting": (6, 0.1), "working": (7, 0.8), "got on": (7, 0.2)}
 SLOWLY = Way(seconds_per_step=0.008)
 SAMPLED = {"temperature": 0.9, "top_k": 50, "num_samples": 2}
 
@@ -57,8 +58,10 @@ def test_kills_change_nothing(
     rng.shuffle(moments)
     for moment, world in zip(moments, cycle(WORLDS), strict=False):
         group = warm.start(killed, world, SLOWLY, job="generate")
-        if moment == "working":
+        if moment != "starting":
             group.wait_until(partial(any_begun, group))
+        if moment == "got on":
+            group.wait_until(partial(more_finished, group, finished[-1]))
         time.sleep(rng.uniform(0, MOMENTS[moment][1]))
         victim = rng.randrange(world)
         assert group.kill_one(victim), f"kill {fell.total() + 1} found worker {victim} dead"
@@ -87,6 +90,10 @@ def begun(group: Group) -> set[int]:
 
 def any_begun(group: Group) -> bool:
     return bool(begun(group))
+
+
+def more_finished(group: Group, parts_before: int) -> bool:
+    return len(parts.finished(group.run_dir)) > parts_before
 
 
 def where_it_fell(group: Group) -> str:
