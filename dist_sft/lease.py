@@ -9,6 +9,7 @@ checkpoints are committed by the newest attempt only.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -142,27 +143,20 @@ def announce(run_dir: Path, seen: Lease | None) -> Iterator[Lease]:
     if now is not None and not _is_as_seen(now, seen):
         raise _in_use(run_dir, now)
     mine = Lease(Owner.me(), max(attempts(run_dir), default=-1) + 1, ANNOUNCED)
-    ended = threading.Event()
 
-    def keep() -> None:
-        heartbeat = ANNOUNCED
-        while not ended.wait(HEARTBEAT_SECONDS):
-            heartbeat -= 1
-            with contextlib.suppress(OSError, UserError):
-                now = read(run_dir)
-                if now is None or not _is_as_seen(now, mine):
-                    return  # it was claimed
-                _write(run_dir, replace(mine, heartbeat=heartbeat))
+    def renew(beat: int) -> bool:
+        now = read(run_dir)
+        if now is None or not _is_as_seen(now, mine):
+            return False  # it was claimed
+        _write(run_dir, replace(mine, heartbeat=ANNOUNCED - beat))
+        return True
 
     with contextlib.suppress(OSError):  # who claims says so
         _write(run_dir, mine)
-    thread = threading.Thread(target=keep, name="announced lease", daemon=True)
-    thread.start()
     try:
-        yield mine
+        with _renewing(renew):
+            yield mine
     finally:
-        ended.set()
-        thread.join()
         with contextlib.suppress(OSError, UserError):
             now = read(run_dir)
             if now is not None and _is_as_seen(now, mine):
@@ -182,29 +176,45 @@ def hold(run_dir: Path, attempt: int) -> Iterator[threading.Event]:
 
     The event that the block gets is set when another launcher has taken over.
     """
-    owner, ended, lost = Owner.me(), threading.Event(), threading.Event()
+    owner, lost = Owner.me(), threading.Event()
 
-    def keep() -> None:
-        heartbeat = 0
-        while not ended.wait(HEARTBEAT_SECONDS):
-            heartbeat += 1
-            with contextlib.suppress(OSError, UserError):  # a full disk must not end the run
-                if not owns(run_dir, attempt) and max(attempts(run_dir), default=0) > attempt:
-                    lost.set()
-                    return
-                _write(run_dir, Lease(owner, attempt, heartbeat))
+    def renew(beat: int) -> bool:
+        if not owns(run_dir, attempt) and max(attempts(run_dir), default=0) > attempt:
+            lost.set()
+            return False
+        _write(run_dir, Lease(owner, attempt, beat))
+        return True
 
     _write(run_dir, Lease(owner, attempt, 0))
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
-    thread.start()
     try:
-        yield lost
+        with _renewing(renew):
+            yield lost
     finally:
-        ended.set()
-        thread.join()
         with contextlib.suppress(OSError, UserError):
             if owns(run_dir, attempt):
                 (run_dir / NAME).unlink()
+
+
+@contextlib.contextmanager
+def _renewing(renew: Callable[[int], bool]) -> Iterator[None]:
+    """Call `renew` with 1, 2, ... every few seconds within a block, until it returns False."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        for beat in itertools.count(1):
+            if ended.wait(HEARTBEAT_SECONDS):
+                return
+            with contextlib.suppress(OSError, UserError):  # a full disk must not end the run
+                if not renew(beat):
+                    return
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def owns(run_dir: Path, attempt: int) -> bool:

@@ -217,10 +217,8 @@ def state_of(worker_group: Any) -> tuple[bool, dict[int, Exception]]:
     `poll_status` would tell Ray's callbacks, too, of which the first have ended by now.
     """
     found = worker_group._poll_workers_and_collect_errors(timeout=1.0)
-    errors = {
-        rank: getattr(
-            worker.error, "_base_exc", worker.error
-        )  # Ray wraps what a rank's worker says
+    errors = {  # Ray wraps what a rank's worker says
+        rank: getattr(worker.error, "_base_exc", worker.error)
         for rank, worker in enumerate(found)
         if worker.error is not None
     }
